@@ -1,0 +1,1 @@
+"""Torch modules and the three ways to open one: embedded, `hf:`, `lerobot:`. Knows schemas."""

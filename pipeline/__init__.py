@@ -1,0 +1,1 @@
+"""Order, cache keys, journal, Dask, datasets on disk, checks, reports. Knows every folder but trainer."""

@@ -1,0 +1,1 @@
+"""What data is: episodes, embodiments, features, rotations, chunks, normalisers. numpy only."""
