@@ -1,0 +1,126 @@
+"""The contract of a target: everything that must agree before its numbers may supervise a model.
+
+It is written beside the target, last, and checked whenever the target is opened. A field that differs stops
+the loader with its name; a field the reader does not ask about is not compared.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import DataError
+
+CONTRACT_VERSION = 1
+
+# What a student's own input may do while its target stays what it is.
+FIXED_VIEW = "fixed view of the future, student input may be augmented"
+NO_PIXELS = "no pixels: any augmentation"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a target was made from, and how it may be used.
+
+    Empty strings and zeros mean "does not apply". `horizon_seconds` stands beside `horizon_frames` because a
+    chunk of 16 frames is another thing at another fps. `params` holds every option of the stage.
+    """
+
+    stage: str
+    variant: str
+    stage_version: int
+    source: str  # digest over the contents of the episodes, in order
+    fps: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""  # how it was named: "dct", "hf:Qwen/...", "lerobot:folder"
+    weights: str = ""  # digest of the weights
+    layer: str = ""
+    preprocessing: str = ""  # digest of decode, crop, resize, pixel scaling
+    camera: str = ""
+    dtype: str = ""
+    horizon_frames: int = 0
+    horizon_seconds: float = 0.0
+    normaliser: str = ""  # digest
+    augmentation: str = NO_PIXELS
+    seed: int = -1
+    version: int = CONTRACT_VERSION
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()[:32]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "params": dict(self.params)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Contract":
+        known = {entry.name for entry in fields(cls)}
+        if data.get("version") != CONTRACT_VERSION:
+            raise DataError(
+                f"target contract of version {data.get('version')}; this dpipe reads {CONTRACT_VERSION}\n"
+                "  Precompute the target again, or use the dpipe that wrote it."
+            )
+        return cls(**{name: value for name, value in data.items() if name in known})
+
+    def check(self, where: str = "", **expected: Any) -> None:
+        """Raise DataError naming every field that is not what the reader expects; an unknown name is our bug.
+
+        `params` may be given in part: `params={"bins": [10]}` compares that option alone.
+        """
+        found = self.to_json()
+        wrong: list[str] = []
+        for name, wanted in expected.items():
+            if name not in found:
+                raise KeyError(f"a contract has no field '{name}'")
+            if name == "params":
+                for option, value in dict(wanted).items():
+                    have = self.params.get(option)
+                    if plain(have) != plain(value):
+                        wrong.append(f"params.{option}: expected {_show(value)}, found {_show(have)}")
+            elif plain(found[name]) != plain(wanted):
+                wrong.append(f"{name}: expected {_show(wanted)}, found {_show(found[name])}")
+        if wrong:
+            place = f" in {where}" if where else ""
+            raise DataError(
+                f"target {self.stage}/{self.variant}{place} was made under other terms:\n  "
+                + "\n  ".join(wrong)
+                + f"\n  Make one that fits:  dpipe precompute {self.stage} --name NEW"
+            )
+
+    def check_augmentation(self, wanted: str) -> None:
+        """Refuse a change of the pixels (flip, crop, colour) that a cached feature cannot follow.
+
+        Features do not commute with flips (cosine 0.87 between the feature of a flipped image and the flipped
+        feature, modern-yolonas#50), so a cache of one view serves that view alone.
+        """
+        if wanted in ("", "none") or self.augmentation == NO_PIXELS:
+            return
+        allowed = [view.strip() for view in self.augmentation.removeprefix("views:").split(",")]
+        if self.augmentation.startswith("views:") and wanted in allowed:
+            return
+        raise DataError(
+            f"augmentation '{wanted}' asked of target {self.stage}/{self.variant}, which holds: "
+            f"{self.augmentation}\n  Augment the student's input only, or cache the view as well."
+        )
+
+
+def canonical_json(data: Any) -> str:
+    """One text per value: keys sorted, no spaces, tuples as lists. Digests are taken over it."""
+    return json.dumps(plain(data), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """The JSON form of a value: tuples as lists, mappings as dicts, paths and numpy scalars as theirs."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(plain(value))
+    return text if len(text) <= 80 else text[:77] + "..."
