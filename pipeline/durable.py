@@ -1,0 +1,165 @@
+"""Files that are whole or absent: temporary name, fsync, rename, fsync of the folder.
+
+Every byte dpipe keeps goes through `write_file` or `commit`, so that fault injection has one place to stand:
+`POINT` is called before each step that a power cut could separate from the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..schemas.errors import DataError
+
+TEMPORARY = ".tmp"
+
+
+def _no_fault(name: str) -> None:
+    pass
+
+
+POINT: Callable[[str], None] = _no_fault  # tests put an exit here
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Make a finished temporary file durable under its final name, replacing what stood there."""
+    POINT(f"fsync {final.name}")
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    POINT(f"rename {final.name}")
+    temporary.replace(final)
+    sync_folder(final.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write bytes so that the file is either the old one or the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.write_bytes(data)
+    commit(temporary, path)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """JSON with sorted keys left as given: callers order them for the reader."""
+    write_file(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no reader globs; one per process, so that two writers cannot meet."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Rename a durable file to another place on the same file system, durably."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    POINT(f"rename {target.name}")
+    source.replace(target)
+    sync_folder(target.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed writers left below a folder: only names that `temporary_name` makes."""
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse work that cannot fit the disk, before it starts, with the numbers."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DataError(
+            f"{what} needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free at {existing}\n"
+            f"  next: free some space, choose another disk with --workspace, or convert less with --where or --limit"
+        )
+
+
+@contextmanager
+def exclusive(folder: Path, what: str, stale_s: float = 60.0) -> Iterator[None]:
+    """Hold a dataset for one run; a second run on it says so and stops.
+
+    A lock file made by O_EXCL works where network file systems know no locks. It carries host and process and is
+    refreshed while held: one whose process is gone (same host) or that has not moved for `stale_s` (another
+    host) is taken over.
+    """
+    import threading
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "running.lock"
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "what": what}
+    while True:
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            owner = _lock_owner(path)
+            if owner is None or not _is_abandoned(path, owner, stale_s):
+                if owner is None and not path.exists():
+                    continue  # released between our two looks
+                owner = owner or {}
+                raise DataError(
+                    f"another run is working on {folder.parent}\n"
+                    f"  found: {owner.get('what', '?')} by process {owner.get('pid', '?')} on {owner.get('host', '?')}\n"
+                    f"  next: wait for it; if it is gone for good, delete {path}"
+                ) from None
+            path.unlink(missing_ok=True)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(mine, file)
+    released = threading.Event()
+
+    def refresh() -> None:
+        while not released.wait(stale_s / 6):
+            try:
+                os.utime(path)
+            except OSError:
+                return
+
+    threading.Thread(target=refresh, daemon=True).start()
+    try:
+        yield
+    finally:
+        released.set()
+        path.unlink(missing_ok=True)
+
+
+def _lock_owner(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_abandoned(path: Path, owner: dict[str, Any], stale_s: float) -> bool:
+    if owner.get("host") == socket.gethostname():
+        try:
+            os.kill(int(owner.get("pid", 0)), 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, ValueError):
+            return False
+        return False
+    try:
+        return time.time() - path.stat().st_mtime > stale_s
+    except OSError:
+        return False

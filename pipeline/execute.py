@@ -1,0 +1,215 @@
+"""Where tasks run: in this process, on a local Dask cluster, or on any running Dask scheduler.
+
+A task is a module-level function with small picklable arguments and a small result: paths and receipts travel,
+arrays do not. Tasks may be added while results come back. Order of completion is not defined and nothing may
+depend on it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..schemas.errors import DpipeError, Interrupted, UsageError
+
+DRAIN_S = 50.0  # a stop request waits this long for tasks under way; the promise to the outside is 60 s
+IN_FLIGHT_PER_WORKER = 4  # enough to hide the scheduler's latency, few enough to stop soon
+FAILURES_ALLOWED = 2  # a task that takes a third worker down with it is given up
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that raised, or that killed every worker it ran on."""
+
+    message: str
+    killed_workers: bool = False
+    error: BaseException | None = None
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal or by --max-time; read between tasks."""
+
+    reason: str = ""
+    event: threading.Event = field(default_factory=threading.Event)
+
+    def set(self, reason: str) -> None:
+        if not self.event.is_set():
+            self.reason = reason
+            self.event.set()
+
+
+@contextmanager
+def stop_requests(max_time_s: float | None) -> Iterator[StopRequest]:
+    """Turn SIGINT, SIGTERM, SIGUSR1 and the time limit into one request that is honoured between tasks."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    names = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    before = {
+        name: signal.signal(name, lambda number, _: request.set(signal.Signals(number).name)) for name in names
+    }
+    timer = threading.Timer(max_time_s, request.set, (f"--max-time of {max_time_s:g} s",)) if max_time_s else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield request
+    finally:
+        if timer:
+            timer.cancel()
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+class Executor:
+    """Runs tasks here, one after the other: `--workers 0`, and the base of the Dask one.
+
+    with executor: executor.submit(key, function, *args); for key, result in executor.results(): ...
+    A result that is a `Failure` says so; nothing raises across tasks except a stop request (Interrupted).
+    """
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+        self.waiting: deque[tuple[Any, Callable[..., Any], tuple[Any, ...]]] = deque()
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def description(self) -> str:
+        return "this process"
+
+    def submit(self, key: Any, function: Callable[..., Any], *args: Any) -> None:
+        self.waiting.append((key, function, args))
+
+    def results(self) -> Iterator[tuple[Any, Any]]:
+        while self.waiting:
+            self._check_stop()
+            key, function, args = self.waiting.popleft()
+            yield key, _attempt(function, args)
+
+    def _check_stop(self) -> None:
+        if self.stop.event.is_set():
+            raise Interrupted(f"stopped by {self.stop.reason}; run the same command again to go on")
+
+
+class DaskExecutor(Executor):
+    """A running scheduler by address, or a LocalCluster of single-threaded processes."""
+
+    def __init__(self, stop: StopRequest, workers: int, scheduler: str | None) -> None:
+        super().__init__(stop)
+        self.workers, self.scheduler = workers, scheduler
+        self.cluster: Any = None
+        self.client: Any = None
+
+    def __enter__(self) -> DaskExecutor:
+        import dask
+        from distributed import Client, LocalCluster
+
+        dask.config.set(
+            {
+                "distributed.scheduler.allowed-failures": FAILURES_ALLOWED,
+                "distributed.worker.daemon": True,
+                "distributed.comm.retry.count": 3,
+            }
+        )
+        if self.scheduler:
+            try:
+                self.client = Client(self.scheduler, timeout="15s", set_as_default=False)
+            except (OSError, TimeoutError) as error:
+                raise UsageError(f"no Dask scheduler answers at {self.scheduler}: {error}") from error
+            self.workers = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+        else:
+            self.cluster = LocalCluster(
+                n_workers=self.workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                memory_limit=0,  # our tasks bound their own memory; Dask's limit restarts workers instead
+                silence_logs=50,
+            )
+            self.client = Client(self.cluster, set_as_default=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.client is not None:
+            self.client.close()
+        if self.cluster is not None:
+            self.cluster.close()
+
+    @property
+    def description(self) -> str:
+        where = self.scheduler or "local cluster"
+        return f"{self.workers} workers ({where}), dashboard {self.client.dashboard_link}"
+
+    def results(self) -> Iterator[tuple[Any, Any]]:
+        from distributed import as_completed
+        from distributed.scheduler import KilledWorker
+
+        running: dict[Any, Any] = {}
+        completed = as_completed(loop=self.client.loop)
+        stopped_at: float | None = None
+        while self.waiting or running:
+            if self.stop.event.is_set():
+                if stopped_at is None:
+                    stopped_at = time.monotonic()
+                    self.waiting.clear()
+                if not running or time.monotonic() - stopped_at > DRAIN_S:
+                    self._check_stop()
+            while self.waiting and len(running) < self.workers * IN_FLIGHT_PER_WORKER:
+                key, function, args = self.waiting.popleft()
+                future = self.client.submit(_attempt, function, args, pure=False)
+                running[future] = key
+                completed.add(future)
+            future = _next_or_none(completed, 0.2)
+            if future is None:
+                continue
+            key = running.pop(future)
+            try:
+                result = future.result()
+            except KilledWorker:
+                result = Failure(f"took {FAILURES_ALLOWED + 1} workers down, one after the other", True)
+            except Exception as error:  # noqa: BLE001 - the scheduler's own failures are the task's outcome
+                result = Failure(f"{type(error).__name__}: {error}", error=error)
+            yield key, result
+        self._check_stop()
+
+
+def _next_or_none(completed: Any, timeout_s: float) -> Any:
+    """The next finished future within the timeout: a stop request must be seen while tasks run."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if not completed.queue.empty():
+            return next(completed)
+        time.sleep(0.002)
+    return None
+
+
+def _attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return function(*args)
+    except DpipeError as error:
+        return Failure(str(error))
+    except Exception as error:  # noqa: BLE001 - one task's bug must not end the others
+        import traceback
+
+        return Failure(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}", error=error)
+
+
+def open_executor(stop: StopRequest, workers: int, scheduler: str | None) -> Executor:
+    """Workers 0: this process. A scheduler address wins over a count."""
+    if scheduler is None and workers == 0:
+        return Executor(stop)
+    return DaskExecutor(stop, workers, scheduler)

@@ -1,0 +1,459 @@
+"""What workers do: one episode into a spool file, one part's spool files into its video and data files.
+
+Both are pure functions of their job: nothing about ranks, workers or completion order enters what they write.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..converters import load_converter
+from ..schemas.episode import Embodiment, Episode, EpisodeRef, FrameSource, VideoClip
+from ..schemas.errors import DataError
+from ..schemas.features import CameraFeature, Feature, check_columns
+from .durable import commit, temporary_name
+from .spool import Spool, read_spool, write_spool
+from .statistics import FrameHistogram, column_statistics, sampled_frames
+from .tables import STATISTICS, data_file, data_schema, episode_table, video_file, write_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BLOCK_BYTES = 16 << 20  # pixels held at a time, whatever the resolution
+MOST_BLOCK = 64  # frames
+SPOOL_IN_MEMORY = 32 << 20
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How pictures become video. `resize` is (width, height) in pixels, None keeps the recording's size."""
+
+    codec: str = "h264"
+    video: str = "auto"
+    resize: tuple[int, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"codec": self.codec, "video": self.video, "resize": list(self.resize) if self.resize else None}
+
+    def size(self, camera: CameraFeature) -> CameraFeature:
+        if self.resize is None:
+            return camera
+        return CameraFeature(camera.key, self.resize[1], self.resize[0], camera.description)
+
+
+@dataclass(frozen=True)
+class EpisodeJob:
+    source: str  # name for load_converter
+    ref: EpisodeRef
+    options: Any
+    video: VideoOptions
+    embodiment: Embodiment
+    key: str
+    spool: Path
+
+
+def encode_episode(job: EpisodeJob) -> dict[str, Any]:
+    """Read, check, hash and encode one episode; returns {"frames", "bytes", "dropped"}.
+
+    An episode whose pixels turn out bad is recorded in its spool file as dropped, so that a rerun does not try
+    it again until its files change.
+    """
+    converter = load_converter(job.source)
+    memo = file_memo(job.ref.files)
+    receipt: dict[str, Any] = {
+        "source_id": job.ref.source_id,
+        "split": job.ref.split,
+        "variant": job.ref.variant,
+        "frames": job.ref.frames,
+        "instruction": job.ref.instruction,
+        "metadata": dict(job.ref.metadata),
+        "segments": [segment.to_json() for segment in job.ref.segments],
+        "warnings": list(job.ref.warnings),
+        "key": job.key,
+        "memo": memo,
+    }
+    blobs: dict[str, BinaryIO] = {}
+    try:
+        episode = converter.read(job.ref, job.options)
+        features = (*job.embodiment.features, *job.embodiment.sidecar)
+        problems = check_columns(features, dict(episode.columns), episode.frames)
+        if problems:
+            raise DataError("; ".join(problems))
+        arrays, cameras, hashes, histograms = _encode_cameras(episode, job, blobs)
+    except DataError as error:
+        receipt |= {"dropped": str(error), "remedy": "copy or record this episode again, then run the same command"}
+        write_spool(job.spool, receipt, {}, {})
+        return {"frames": 0, "bytes": 0, "dropped": str(error)}
+    receipt["cameras"] = cameras
+    receipt["raw_digest"] = _raw_digest(episode, hashes)
+    receipt["content"] = _content(episode)
+    receipt["statistics"] = {
+        feature.name: column_statistics(episode.columns[feature.name]) for feature in job.embodiment.features
+    }
+    for name, column in episode.columns.items():
+        arrays[f"column/{name}"] = column
+    for key, histogram in histograms.items():
+        arrays[f"histogram/{key}"] = histogram.counts
+        cameras[key]["counted"] = histogram.frames
+    write_spool(job.spool, receipt, arrays, blobs)
+    for blob in blobs.values():
+        blob.close()
+    return {"frames": episode.frames, "bytes": job.spool.stat().st_size, "dropped": ""}
+
+
+def digest_episode(job: EpisodeJob) -> str:
+    """The digest of an episode as its receipt carries it, without encoding: has a touched file really changed?"""
+    episode = load_converter(job.source).read(job.ref, job.options)
+    hashes: dict[str, str] = {}
+    for key, camera in episode.cameras.items():
+        hasher = _new_hash()
+        if isinstance(camera, VideoClip):
+            _hash_file(hasher, camera)
+        else:
+            for start, stop in _blocks(camera):
+                hasher.update(np.ascontiguousarray(camera.read(start, stop)))
+        hashes[key] = hasher.hexdigest()
+    return _raw_digest(episode, hashes)
+
+
+def _encode_cameras(
+    episode: Episode, job: EpisodeJob, blobs: dict[str, BinaryIO]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any], dict[str, str], dict[str, FrameHistogram]]:
+    """Frames of every camera, block by block in step, so that cameras stored together are read together."""
+    from ..video.encode import CODECS, Encoder
+
+    arrays: dict[str, NDArray[Any]] = {}
+    cameras: dict[str, Any] = {}
+    hashes: dict[str, str] = {}
+    histograms = {key: FrameHistogram() for key in episode.cameras}
+    sources = {key: camera for key, camera in episode.cameras.items() if not isinstance(camera, VideoClip)}
+    sizes = {camera.key: camera for camera in map(job.video.size, job.ref.cameras)}
+    for key, camera in episode.cameras.items():
+        if len(camera) != episode.frames:
+            raise DataError(f"camera '{key}' has {len(camera)} frames, the episode {episode.frames}")
+        if isinstance(camera, VideoClip):
+            cameras[key], hashes[key] = _take_clip(key, camera, sizes[key], job, arrays, blobs, histograms[key])
+    encoders: dict[str, Encoder] = {}
+    hashers = {key: _new_hash() for key in sources}
+    for key in sources:
+        blobs[key] = _blob()
+        encoders[key] = Encoder(CODECS[job.video.codec], sizes[key].height, sizes[key].width, job.embodiment.fps, blobs[key])
+    counted = set(sampled_frames(episode.frames).tolist())
+    if sources:
+        for start, stop in _blocks(*sources.values()):
+            wanted = [t - start for t in range(start, stop) if t in counted]
+            for key, source in sources.items():
+                block = np.ascontiguousarray(source.read(start, stop))
+                if len(block) != stop - start:
+                    raise DataError(f"camera '{key}' ends at frame {start + len(block)} of {episode.frames}")
+                hashers[key].update(block)
+                histograms[key].add(block[wanted])
+                encoders[key].write(block)
+    for key, encoder in encoders.items():
+        clip = encoder.finish()
+        arrays[f"sizes/{key}"], arrays[f"sync/{key}"] = clip.sizes, clip.sync
+        cameras[key] = _camera_receipt(sizes[key], clip.sample_entry, "encoded")
+        hashes[key] = hashers[key].hexdigest()
+    return arrays, cameras, hashes, histograms
+
+
+def _take_clip(
+    key: str,
+    clip: VideoClip,
+    size: CameraFeature,
+    job: EpisodeJob,
+    arrays: dict[str, NDArray[Any]],
+    blobs: dict[str, BinaryIO],
+    histogram: FrameHistogram,
+) -> tuple[dict[str, Any], str]:
+    """A camera that is already video: its packets by reference when they may be copied, else transcoded."""
+    from ..video.decode import open_video
+    from ..video.encode import CODECS, Encoder
+    from ..video.mp4 import copy_problem, read_table
+
+    hasher = _new_hash()
+    _hash_file(hasher, clip)
+    table = read_table(clip.path, clip.offset, clip.size)
+    if len(table.sizes) < clip.first_frame + clip.frames:
+        raise DataError(
+            f"camera '{key}': {clip.path.name} holds {len(table.sizes)} frames, the episode needs "
+            f"{clip.first_frame + clip.frames}"
+        )
+    problem = copy_problem(table, job.embodiment.fps)
+    if clip.first_frame or clip.frames != len(table.sizes):
+        problem = problem or "the episode uses a part of the clip"
+    if (size.height, size.width) != (table.height, table.width):
+        problem = problem or f"resize from {table.width}x{table.height} to {size.width}x{size.height}"
+    if job.video.video == "copy" and problem:
+        raise DataError(f"camera '{key}': {clip.path.name} cannot be copied ({problem}); use --video auto")
+    counted = sampled_frames(clip.frames)
+    if job.video.video != "transcode" and not problem:
+        # Decoding costs a hundred times a copy: a few frames show the camera's colours well enough.
+        few = np.unique(counted[np.round(np.linspace(0, len(counted) - 1, 4)).astype(int)])
+        with open_video(clip.path, offset=clip.offset, size=clip.size) as reader:
+            histogram.add(reader.read(few))
+        receipt = _camera_receipt(size, table.sample_entry, "copied")
+        receipt |= {"path": str(clip.path.resolve()), "offset": clip.offset, "size": clip.size}
+        return receipt, hasher.hexdigest()
+    blobs[key] = _blob()
+    encoder = Encoder(CODECS[job.video.codec], size.height, size.width, job.embodiment.fps, blobs[key])
+    at = 0
+    wanted = set(counted.tolist())
+    with open_video(clip.path, offset=clip.offset, size=clip.size) as reader:
+        for block in reader.blocks(MOST_BLOCK, start=clip.first_frame, stop=clip.first_frame + clip.frames):
+            histogram.add(block[[t - at for t in range(at, at + len(block)) if t in wanted]])
+            encoder.write(block)
+            at += len(block)
+    if at != clip.frames:
+        raise DataError(f"camera '{key}': {clip.path.name} decodes to {at} frames of {clip.frames}")
+    encoded = encoder.finish()
+    arrays[f"sizes/{key}"], arrays[f"sync/{key}"] = encoded.sizes, encoded.sync
+    return _camera_receipt(size, encoded.sample_entry, "encoded") | {"transcoded": problem}, hasher.hexdigest()
+
+
+def _camera_receipt(size: CameraFeature, sample_entry: bytes, kind: str) -> dict[str, Any]:
+    return {"kind": kind, "height": size.height, "width": size.width, "sample_entry": sample_entry.hex()}
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """Episodes of one part, in order, with the numbers they get if nothing is dropped."""
+
+    part: int
+    root: Path
+    spools: tuple[Path, ...]
+    features: tuple[Feature, ...]
+    sidecar: tuple[Feature, ...]
+    cameras: tuple[str, ...]
+    fps: int
+    codec: str
+    numbers: tuple[tuple[int, int, int], ...]  # episode_index, index, task_index
+
+
+def mux_part(job: PartJob) -> dict[str, Any]:
+    """Write part files from spool files: videos in place, data staged, the part's receipt last."""
+    spools = [read_spool(path) for path in job.spools]
+    kept = [spool for spool in spools if "dropped" not in spool.receipt]
+    files: dict[str, int] = {}
+    streams: dict[str, Any] = {}
+    if kept:
+        for key in job.cameras:
+            relative = video_file(f"observation.images.{key}", job.part)
+            streams[key] = _mux_camera(job.root / relative, key, kept, job)
+            files[relative] = (job.root / relative).stat().st_size
+    numbers = [n for n, spool in zip(job.numbers, spools, strict=True) if "dropped" not in spool.receipt]
+    staged = staged_data(job.root, job.part)
+    schema = data_schema(job.features)
+    tables = (
+        episode_table(
+            schema,
+            job.features,
+            {f.name: spool.array(f"column/{f.name}") for f in job.features},
+            int(spool.receipt["frames"]),
+            job.fps,
+            dict(zip(("episode_index", "index", "task_index"), number, strict=True)),
+        )
+        for spool, number in zip(kept, numbers, strict=True)
+    )
+    write_parquet(staged, tables, schema)
+    if job.sidecar:
+        write_parquet(staged_sidecar(job.root, job.part), *_sidecar(kept, job.sidecar))
+    write_part_receipt(receipt_path(job.root, job.part), job, spools, numbers, streams, files)
+    return {"files": files, "frames": sum(int(s.receipt["frames"]) for s in kept)}
+
+
+def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> dict[str, Any]:
+    from ..video.mp4 import Run, read_table, write_mp4
+
+    runs = []
+    entries = set()
+    for spool in spools:
+        camera = spool.receipt["cameras"][key]
+        entries.add((camera["sample_entry"], camera["height"], camera["width"], camera["kind"]))
+        if camera["kind"] == "copied":
+            table = read_table(Path(camera["path"]), camera["offset"], camera["size"])
+            runs.append(Run.from_table(Path(camera["path"]), table))
+        else:
+            sizes = spool.array(f"sizes/{key}")
+            start = spool.sections[key].offset
+            offsets = start + np.concatenate([[0], np.cumsum(sizes)[:-1]])
+            runs.append(Run(spool.path, offsets, sizes, spool.array(f"sync/{key}").astype(bool)))
+    first = spools[0].receipt["cameras"][key]
+    if len({entry[:3] for entry in entries}) > 1:
+        raise DataError(
+            f"camera '{key}' changes codec settings or size within part {job.part}; convert with --video transcode"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    write_mp4(temporary, bytes.fromhex(first["sample_entry"]), first["width"], first["height"], job.fps, runs)
+    commit(temporary, path)
+    return {"height": first["height"], "width": first["width"], "kind": first["kind"], "sample_entry": first["sample_entry"]}
+
+
+def _sidecar(spools: Sequence[Spool], features: Sequence[Feature]) -> tuple[list[pa.Table], pa.Schema]:
+    """`dpipe/columns` tables: what stands beside the dataset, one row group an episode, no global numbers."""
+    import pyarrow as pa
+
+    fields = [
+        pa.field(f.name, t if f.dim == 1 else pa.list_(t, f.dim))
+        for f in features
+        for t in [pa.from_numpy_dtype(np.dtype(f.dtype))]
+    ]
+    schema = pa.schema(fields)
+    tables = []
+    for spool in spools:
+        arrays = []
+        for feature in features:
+            flat = pa.array(spool.array(f"column/{feature.name}").reshape(-1))
+            arrays.append(flat if feature.dim == 1 else pa.FixedSizeListArray.from_arrays(flat, feature.dim))
+        tables.append(pa.Table.from_arrays(arrays, schema=schema))
+    return tables, schema
+
+
+def write_part_receipt(
+    path: Path,
+    job: PartJob,
+    spools: Sequence[Spool],
+    numbers: Sequence[tuple[int, int, int]],
+    streams: Mapping[str, Any],
+    files: Mapping[str, int],
+) -> None:
+    """One row an episode, dropped ones included: everything the finish needs, so that spool files may go."""
+    import pyarrow as pa
+
+    rows: list[dict[str, Any]] = []
+    first_frame = 0
+    for spool in spools:
+        receipt = spool.receipt
+        dropped = "dropped" in receipt
+        row: dict[str, Any] = {
+            "source_id": receipt["source_id"],
+            "split": receipt["split"],
+            "variant": receipt["variant"],
+            "frames": 0 if dropped else int(receipt["frames"]),
+            "instruction": receipt["instruction"],
+            "content": receipt.get("content", ""),
+            "raw_digest": receipt.get("raw_digest", ""),
+            "key": receipt["key"],
+            "memo": json.dumps(receipt["memo"]),
+            "metadata": json.dumps(receipt["metadata"], ensure_ascii=False),
+            "segments": json.dumps(receipt["segments"], ensure_ascii=False),
+            "warnings": json.dumps(receipt["warnings"], ensure_ascii=False),
+            "part": job.part,
+            "first_frame": first_frame,
+            "dropped": receipt.get("dropped", ""),
+            "remedy": receipt.get("remedy", ""),
+        }
+        statistics = receipt.get("statistics", {})
+        for feature in job.features:
+            for name in STATISTICS:
+                row[f"stats/{feature.name}/{name}"] = None if dropped else statistics[feature.name][name]
+        for key in job.cameras:
+            row[f"histogram/{key}"] = None if dropped else spool.array(f"histogram/{key}").reshape(-1).tolist()
+            row[f"counted/{key}"] = 0 if dropped else int(receipt["cameras"][key]["counted"])
+        rows.append(row)
+        first_frame += row["frames"]
+    meta = {"numbers": [list(n) for n in numbers], "streams": dict(streams), "files": dict(files)}
+    schema = receipt_schema(job.features, job.cameras).with_metadata({"dpipe": json.dumps(meta)})
+    write_parquet(path, [pa.Table.from_pylist(rows, schema=schema)], schema)
+
+
+def receipt_schema(features: Sequence[Feature], cameras: Sequence[str]) -> pa.Schema:
+    import pyarrow as pa
+
+    texts = ["source_id", "split", "variant", "instruction", "content", "raw_digest", "key", "memo", "metadata"]
+    texts += ["segments", "warnings", "dropped", "remedy"]
+    fields = [pa.field(name, pa.string()) for name in texts]
+    fields += [pa.field(name, pa.int64()) for name in ("frames", "part", "first_frame")]
+    for feature in features:
+        for name in STATISTICS:
+            value = pa.int64() if name == "count" else pa.float64()
+            fields.append(pa.field(f"stats/{feature.name}/{name}", pa.list_(value)))
+    for key in cameras:
+        fields.append(pa.field(f"histogram/{key}", pa.list_(pa.int64())))
+        fields.append(pa.field(f"counted/{key}", pa.int64()))
+    return pa.schema(fields)
+
+
+def staged_data(root: Path, part: int) -> Path:
+    return root / "dpipe" / "staging" / data_file(part)
+
+
+def sidecar_file(part: int) -> str:
+    return "dpipe/columns/" + data_file(part).removeprefix("data/")
+
+
+def staged_sidecar(root: Path, part: int) -> Path:
+    return root / "dpipe" / "staging" / sidecar_file(part)
+
+
+def receipt_path(root: Path, part: int) -> Path:
+    return root / "dpipe" / "journal" / "parts" / f"part-{part:06d}.parquet"
+
+
+def file_memo(files: Sequence[Path]) -> list[list[int]]:
+    """[size, mtime in ns] of each file: cheap to compare, and only ever a reason to look closer."""
+    memo = []
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError:
+            memo.append([-1, -1])
+        else:
+            memo.append([status.st_size, status.st_mtime_ns])
+    return memo
+
+
+def _blocks(*sources: FrameSource) -> list[tuple[int, int]]:
+    frames = len(sources[0])
+    pixels = max(source.height * source.width * 3 for source in sources)
+    size = int(np.clip(BLOCK_BYTES // pixels, 1, MOST_BLOCK))
+    return [(start, min(start + size, frames)) for start in range(0, frames, size)]
+
+
+def _blob() -> BinaryIO:
+    return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=SPOOL_IN_MEMORY))
+
+
+def _new_hash() -> Any:
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def _hash_file(hasher: Any, clip: VideoClip) -> None:
+    with open(clip.path, "rb") as file:
+        file.seek(clip.offset)
+        left = clip.size
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            hasher.update(block)
+            left -= len(block)
+
+
+def _raw_digest(episode: Episode, camera_hashes: Mapping[str, str]) -> str:
+    """Digest of everything the episode was made of, pixels included."""
+    hasher = _new_hash()
+    ref = episode.ref
+    facts = [ref.source_id, ref.split, ref.instruction, dict(ref.metadata), [s.to_json() for s in ref.segments]]
+    hasher.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name in sorted(episode.columns):
+        column = np.ascontiguousarray(episode.columns[name])
+        hasher.update(f"{name} {column.dtype.str} {column.shape}".encode())
+        hasher.update(column)
+    for key in sorted(camera_hashes):
+        hasher.update(f"{key} {camera_hashes[key]}".encode())
+    return hasher.hexdigest()
+
+
+def _content(episode: Episode) -> str:
+    from ..streams.dataset import episode_content
+
+    return episode_content(episode.columns, episode.frames)

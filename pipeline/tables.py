@@ -1,0 +1,188 @@
+"""The tables of a LeRobot v3.0 dataset, written with pyarrow as lerobot's own recorder writes them.
+
+Layout, column order, schema metadata and row groups follow lerobot 0.6.1 (`datasets/dataset_writer.py`,
+`dataset_metadata.py`, `feature_utils.py`); where its writers differ among themselves, the recorder's form is
+taken. See DECISIONS.md for what we do differently on purpose (exact quantiles, rational time stamps).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..schemas.features import DEFAULT_FEATURES, CameraFeature, Feature
+from .durable import commit, temporary_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+CHUNK_FILES = 1000  # files a folder, LeRobot's `chunks_size`
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+STATISTICS = ("min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99")
+EPISODES_PER_FILE = 50_000
+
+
+def part_place(part: int) -> tuple[int, int]:
+    """(chunk, file) of a part: the same numbers for its data file and its video files."""
+    return part // CHUNK_FILES, part % CHUNK_FILES
+
+
+def data_file(part: int) -> str:
+    chunk, file = part_place(part)
+    return DATA_PATH.format(chunk_index=chunk, file_index=file)
+
+
+def video_file(camera: str, part: int) -> str:
+    chunk, file = part_place(part)
+    return VIDEO_PATH.format(video_key=camera, chunk_index=chunk, file_index=file)
+
+
+def data_schema(features: Sequence[Feature]) -> pa.Schema:
+    """Arrow schema of a data file, with the Hugging Face feature description that `datasets` reads."""
+    import pyarrow as pa
+
+    fields, described = [], {}
+    for feature in features:
+        value = pa.from_numpy_dtype(np.dtype(feature.dtype))
+        described_value = {"dtype": feature.dtype, "_type": "Value"}
+        if feature.dim == 1:
+            fields.append(pa.field(feature.name, value))
+            described[feature.name] = described_value
+        else:
+            fields.append(pa.field(feature.name, pa.list_(value, feature.dim)))
+            described[feature.name] = {"feature": described_value, "length": feature.dim, "_type": "List"}
+    for name, default in DEFAULT_FEATURES.items():
+        fields.append(pa.field(name, pa.from_numpy_dtype(np.dtype(default["dtype"]))))
+        described[name] = {"dtype": default["dtype"], "_type": "Value"}
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
+
+
+def episode_table(
+    schema: pa.Schema,
+    features: Sequence[Feature],
+    columns: Mapping[str, NDArray[Any]],
+    frames: int,
+    fps: int,
+    numbers: Mapping[str, int],
+) -> pa.Table:
+    """One episode's rows; `numbers` gives episode_index, index (of its first row) and task_index."""
+    import pyarrow as pa
+
+    arrays = []
+    for feature in features:
+        values = np.ascontiguousarray(columns[feature.name], feature.dtype)
+        flat = pa.array(values.reshape(-1))
+        arrays.append(flat if feature.dim == 1 else pa.FixedSizeListArray.from_arrays(flat, feature.dim))
+    frame_index = np.arange(frames, dtype=np.int64)
+    arrays += [
+        pa.array((frame_index / fps).astype(np.float32)),
+        pa.array(frame_index),
+        pa.array(np.full(frames, numbers["episode_index"], np.int64)),
+        pa.array(frame_index + numbers["index"]),
+        pa.array(np.full(frames, numbers["task_index"], np.int64)),
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    """Write tables as one row group each (LeRobot's: an episode is a row group), whole or not at all."""
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    with pq.ParquetWriter(temporary, schema, compression="snappy", use_dictionary=True) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+    commit(temporary, path)
+
+
+def write_tasks(path: Path, tasks: Sequence[str]) -> None:
+    """meta/tasks.parquet: row i is task_index i, the sentence is the pandas index (lerobot reads it by position).
+
+    The pandas metadata is written by hand: without it lerobot returns the number 0 as the task, and pandas is
+    no dependency of a conversion.
+    """
+    import pyarrow as pa
+
+    string = {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    number = {
+        "name": "task_index",
+        "field_name": "task_index",
+        "pandas_type": "int64",
+        "numpy_type": "int64",
+        "metadata": None,
+    }
+    unnamed = {
+        "name": None,
+        "field_name": None,
+        "pandas_type": "unicode",
+        "numpy_type": "object",
+        "metadata": {"encoding": "UTF-8"},
+    }
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [unnamed],
+        "columns": [number, string],
+        "attributes": {},
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.3.3",
+    }
+    schema = pa.schema(
+        [("task_index", pa.int64()), ("task", pa.string())], metadata={"pandas": json.dumps(pandas)}
+    )
+    table = pa.table([pa.array(range(len(tasks)), pa.int64()), pa.array(list(tasks), pa.string())], schema=schema)
+    write_parquet(path, [table], schema)
+
+
+def statistics_type(camera: bool, name: str) -> pa.DataType:
+    import pyarrow as pa
+
+    if name == "count":
+        return pa.list_(pa.int64())
+    if camera:
+        return pa.list_(pa.list_(pa.list_(pa.float64())))
+    return pa.list_(pa.float64())
+
+
+def info_json(
+    features: Sequence[Feature],
+    cameras: Sequence[tuple[CameraFeature, Mapping[str, Any]]],
+    robot_type: str,
+    fps: int,
+    totals: Mapping[str, int],
+    splits: Mapping[str, str],
+) -> dict[str, Any]:
+    """meta/info.json; `cameras` come with LeRobot's `info` block of their video stream."""
+    described: dict[str, Any] = {}
+    for camera, stream in cameras:
+        described[camera.name] = {
+            "dtype": "video",
+            "shape": [camera.height, camera.width, 3],
+            "names": ["height", "width", "channels"],
+            "info": dict(stream),
+        }
+    for feature in features:
+        described[feature.name] = feature.to_lerobot()
+    described |= DEFAULT_FEATURES
+    return {
+        "codebase_version": "v3.0",
+        "fps": fps,
+        "features": described,
+        "total_episodes": totals["episodes"],
+        "total_frames": totals["frames"],
+        "total_tasks": totals["tasks"],
+        "chunks_size": CHUNK_FILES,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH if cameras else None,
+        "robot_type": robot_type,
+        "splits": dict(splits),
+    }

@@ -1,0 +1,71 @@
+"""A workspace: the folder in which the three commands find everything without further words.
+
+    raw/<source>/        recordings as published      [sources.<source>] raw = "..." in dpipe.toml
+    lerobot/<name>/      converted datasets           zarr/<name>.zarr likewise
+    targets/<name>/      targets of datasets that are not ours or cannot be written to
+    runs/<recipe>/<name>/
+    dpipe.toml           optional
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..schemas.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    root: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def raw(self, source: str) -> Path:
+        configured = self.settings.get("sources", {}).get(source, {}).get("raw")
+        return self.root / configured if configured else self.root / "raw" / source
+
+    def dataset(self, name: str, form: str = "lerobot") -> Path:
+        return self.root / form / (f"{name}.zarr" if form == "zarr" else name)
+
+    def targets(self, name: str) -> Path:
+        return self.root / "targets" / name
+
+    def run(self, recipe: str, name: str) -> Path:
+        return self.root / "runs" / recipe / name
+
+    def datasets(self) -> list[Path]:
+        """Every LeRobot dataset of the workspace, finished or not, by name."""
+        folder = self.root / "lerobot"
+        if not folder.is_dir():
+            return []
+        return sorted(p for p in folder.iterdir() if (p / "meta").is_dir() or (p / "dpipe").is_dir())
+
+    def sources_with_raw(self, sources: list[str]) -> list[str]:
+        return [source for source in sources if self.raw(source).is_dir()]
+
+    def find_dataset(self, name_or_folder: str) -> Path:
+        """A dataset by name in this workspace, or by folder; UsageError listing what there is."""
+        folder = self.dataset(name_or_folder)
+        if folder.is_dir():
+            return folder
+        given = Path(name_or_folder)
+        if (given / "meta").is_dir() or (given / "dpipe").is_dir():
+            return given
+        known = ", ".join(p.name for p in self.datasets()) or "(none yet: dpipe convert SOURCE --to lerobot)"
+        raise UsageError(f"no dataset '{name_or_folder}' in {self.root / 'lerobot'}\n  found: {known}")
+
+
+def open_workspace(folder: Path | None) -> Workspace:
+    """--workspace, else DPIPE_WORKSPACE, else the current folder."""
+    root = (folder or Path(os.environ.get("DPIPE_WORKSPACE", "."))).resolve()
+    config = root / "dpipe.toml"
+    if not config.is_file():
+        return Workspace(root)
+    try:
+        return Workspace(root, tomllib.loads(config.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{config} is not valid TOML: {error}") from error
