@@ -6,9 +6,12 @@ the loader with its name; a field the reader does not ask about is not compared.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import numpy as np
 
 from .errors import DataError
 
@@ -17,6 +20,47 @@ CONTRACT_VERSION = 1
 # What a student's own input may do while its target stays what it is.
 FIXED_VIEW = "fixed view of the future, student input may be augmented"
 NO_PIXELS = "no pixels: any augmentation"
+
+
+BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """What one array of a target is, whatever its length: the shape of a row, its dtype, its axes' names.
+
+    An episode of T frames has ceil(T / every) rows along `axis`; `every` 0 means a number of rows the stage
+    alone knows (windows, ids of ragged sequences). dtype is a numpy name or "bfloat16", stored as uint16.
+    `attributes` are JSON for readers: `select` names what tells this array from its sisters ({"N": 10}),
+    `chunked` that a reader gathers it along a horizon, `mask` which array says where it is valid.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    axis: str = "frame"
+    every: int = 1
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        return np.dtype("uint16" if self.dtype == BFLOAT16 else self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.stored.itemsize
+
+    def rows(self, frames: int) -> int:
+        """Rows of an episode of so many frames."""
+        return math.ceil(frames / self.every) if self.every else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape), "axes": list(self.axes)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ArraySpec":
+        return cls(**{**data, "shape": tuple(data["shape"]), "axes": tuple(data["axes"])})
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,13 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..schemas.contract import BFLOAT16, ArraySpec
 from ..schemas.errors import DataError
 
 # Inner chunks hold at least one row and about this many bytes: small enough that any Zarr reader touches
 # little more than the rows it wants, large enough that the index stays below a thousandth of the data.
 CHUNK_BYTES = 64 * 1024
 
-BFLOAT16 = "bfloat16"
 _DTYPES = frozenset(
     [
         "bool",
@@ -53,25 +52,6 @@ _DTYPES = frozenset(
     ]
 )
 _NO_CHUNK = 2**64 - 1  # offset and size of an inner chunk that holds only the fill value
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """What one array of a target is, before its length is known: trailing shape, dtype, axis names."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # a numpy name, or "bfloat16"
-    axes: tuple[str, ...] = ()
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def stored(self) -> np.dtype[Any]:
-        return np.dtype("uint16" if self.dtype == BFLOAT16 else self.dtype)
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape) * self.stored.itemsize
 
 
 class ArrayWriter:
@@ -211,7 +191,7 @@ class ArrayWriter:
                 }
             ],
             "attributes": attributes,
-            "dimension_names": ["frame", *axes],
+            "dimension_names": [spec.axis, *axes],
         }
 
 
@@ -236,8 +216,8 @@ def read_spec(path: Path) -> tuple[ArraySpec, int]:
     """An array's spec and its number of rows, from its metadata alone."""
     data = _metadata_of(path)
     dtype = data["attributes"].get("dpipe_dtype", data["data_type"])
-    axes = tuple(data.get("dimension_names") or ())[1:]
-    spec = ArraySpec(path.name, tuple(data["shape"][1:]), dtype, axes, data["attributes"])
+    axis, *axes = data["dimension_names"]
+    spec = ArraySpec(path.name, tuple(data["shape"][1:]), dtype, tuple(axes), data["attributes"], axis)
     return spec, int(data["shape"][0])
 
 

@@ -5,10 +5,9 @@ import os
 
 import numpy as np
 import pytest
+from dpipe.schemas.contract import BFLOAT16, ArraySpec
 from dpipe.schemas.errors import DataError
 from dpipe.streams.arrays import (
-    BFLOAT16,
-    ArraySpec,
     ArrayWriter,
     bfloat16_to_float32,
     float32_to_bfloat16,
