@@ -177,19 +177,17 @@ def _take_clip(
     """A camera that is already video: its packets by reference when they may be copied, else transcoded."""
     from ..video.decode import open_video
     from ..video.encode import CODECS, Encoder
-    from ..video.mp4 import copy_problem, read_table
+    from ..video.mp4 import common_entry, copy_problem, read_table
 
     hasher = _new_hash()
     _hash_file(hasher, clip)
     table = read_table(clip.path, clip.offset, clip.size)
-    if len(table.sizes) < clip.first_frame + clip.frames:
+    if len(table.shown) < clip.first_frame + clip.frames:
         raise DataError(
-            f"camera '{key}': {clip.path.name} holds {len(table.sizes)} frames, the episode needs "
+            f"camera '{key}': {clip.path.name} holds {len(table.shown)} frames, the episode needs "
             f"{clip.first_frame + clip.frames}"
         )
-    problem = copy_problem(table, job.embodiment.fps)
-    if clip.first_frame or clip.frames != len(table.sizes):
-        problem = problem or "the episode uses a part of the clip"
+    problem = copy_problem(table, job.embodiment.fps, clip.first_frame, clip.frames)
     if (size.height, size.width) != (table.height, table.width):
         problem = problem or f"resize from {table.width}x{table.height} to {size.width}x{size.height}"
     if job.video.video == "copy" and problem:
@@ -200,8 +198,9 @@ def _take_clip(
         few = np.unique(counted[np.round(np.linspace(0, len(counted) - 1, 4)).astype(int)])
         with open_video(clip.path, offset=clip.offset, size=clip.size) as reader:
             histogram.add(reader.read(few))
-        receipt = _camera_receipt(size, table.sample_entry, "copied")
+        receipt = _camera_receipt(size, common_entry(table.sample_entry), "copied")
         receipt |= {"path": str(clip.path.resolve()), "offset": clip.offset, "size": clip.size}
+        receipt |= {"first_frame": clip.first_frame, "frames": clip.frames}
         return receipt, hasher.hexdigest()
     blobs[key] = _blob()
     encoder = Encoder(CODECS[job.video.codec], size.height, size.width, job.embodiment.fps, blobs[key])
@@ -271,7 +270,7 @@ def mux_part(job: PartJob) -> dict[str, Any]:
 
 
 def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> dict[str, Any]:
-    from ..video.mp4 import Run, read_table, write_mp4
+    from ..video.mp4 import Run, copy_run, read_table, write_mp4
 
     runs = []
     entries = set()
@@ -280,7 +279,7 @@ def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> 
         entries.add((camera["sample_entry"], camera["height"], camera["width"], camera["kind"]))
         if camera["kind"] == "copied":
             table = read_table(Path(camera["path"]), camera["offset"], camera["size"])
-            runs.append(Run.from_table(Path(camera["path"]), table))
+            runs.append(copy_run(table, camera["first_frame"], camera["frames"]))
         else:
             sizes = spool.array(f"sizes/{key}")
             start = spool.sections[key].offset

@@ -183,7 +183,8 @@ def _interpolate(ordered: NDArray[np.float64], q: float) -> NDArray[np.float64]:
 
 def _float32(chunks: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
     for chunk in chunks:
-        yield np.ascontiguousarray(chunk, np.float32).reshape(len(chunk), -1)
+        if len(chunk):
+            yield np.ascontiguousarray(chunk, np.float32).reshape(len(chunk), -1)
 
 
 def _sortable(values: NDArray[np.float32]) -> NDArray[np.uint32]:
