@@ -173,7 +173,7 @@ class SampleTable:
 
     @cached_property
     def has_open_gops(self) -> bool:
-        """True when a frame is shown before a sync sample but decoded after it, perhaps from frames before."""
+        """True when a frame shown before a sync sample is decoded after it, perhaps from frames before."""
         ranks = self.ranks
         lowest_after = np.minimum.accumulate(ranks[::-1])[::-1]
         return bool((lowest_after[self.sync] < ranks[self.sync]).any())
