@@ -43,6 +43,7 @@ def build_catalog(
     cache: Path | None,
     executor: Executor,
     progress: Progress,
+    remember: bool = True,
 ) -> Catalog:
     """Find and scan; `cache` is the JSON-lines file of earlier scans, rewritten when anything was new."""
     if not raw.is_dir() and not raw.is_file():
@@ -73,7 +74,7 @@ def build_catalog(
         results[name] = outcome
         progress.advance()
     progress.end()
-    if cache is not None and (todo or set(remembered) - set(results)):
+    if cache is not None and remember and (todo or set(remembered) - set(results)):
         _save(cache, raw, setting, recordings, memos, results)
     catalog = Catalog(recordings=len(recordings), scanned=len(todo))
     for recording in recordings:

@@ -100,8 +100,7 @@ def convert(request: ConvertRequest, progress: Progress) -> ConvertResult:
         catalog = build_catalog(
             converter, request.raw, request.options, journal / "scan.jsonl", executors.light(), progress
         )
-        refs = select(catalog.refs, request.where, request.limit)
-        refs = _one_variant(refs, request)
+        refs = _chosen(catalog, _order(journal), request)
         if not refs and not _order(journal):
             raise _nothing_left(request, catalog)
         by_id = {ref.source_id: ref for ref in refs}
@@ -154,6 +153,25 @@ def embodiment_check(request: ConvertRequest) -> None:
         raise UsageError("--part-frames must be at least 1")
 
 
+def _compare(
+    request: ConvertRequest,
+    converter: Converter,
+    batches: Sequence[dict[str, Any]],
+    refs: Sequence[EpisodeRef],
+    receipts: dict[str, dict[str, Any]],
+) -> tuple[list[EpisodeRef], list[EpisodeRef]]:
+    """(new episodes, episodes whose recording changed since their receipt)."""
+    listed = {source_id for batch in batches for part in batch["parts"] for source_id in part["episodes"]}
+    key = episode_key_base(converter, request)
+    fresh = [ref for ref in refs if ref.source_id not in listed]
+    changed = [
+        ref
+        for ref in refs
+        if ref.source_id in receipts and not _valid(request, ref, receipts[ref.source_id], key)
+    ]
+    return fresh, changed
+
+
 def _plan(
     request: ConvertRequest,
     converter: Converter,
@@ -163,14 +181,7 @@ def _plan(
 ) -> _Work:
     """Fix the order of new episodes on disk, and find what has no valid receipt yet."""
     batches = _order(journal)
-    listed = {source_id for batch in batches for part in batch["parts"] for source_id in part["episodes"]}
-    fresh = [ref for ref in refs if ref.source_id not in listed]
-    key = episode_key_base(converter, request)
-    changed: list[EpisodeRef] = []
-    for ref in refs:
-        receipt = receipts.get(ref.source_id)
-        if ref.source_id in listed and receipt is not None and not _valid(request, ref, receipt, key):
-            changed.append(ref)
+    fresh, changed = _compare(request, converter, batches, refs, receipts)
     if fresh or changed:
         # A changed episode keeps its place; its new payload goes into a new part, listed as a replacement.
         first = max((part["part"] for batch in batches for part in batch["parts"]), default=-1) + 1
@@ -178,34 +189,80 @@ def _plan(
         batch = {"parts": _parts([*new, *changed], first, request.part_frames)}
         write_json(journal / f"order-{len(batches):04d}.json", batch, indent=None)
         batches.append(batch)
-    work = _Work()
-    seen: set[str] = set()
-    latest: dict[str, int] = {}
-    for batch in batches:
-        for part in batch["parts"]:
-            for source_id in part["episodes"]:
-                latest[source_id] = part["part"]
-                if source_id not in seen:
-                    seen.add(source_id)
-                    work.order.append(source_id)
+    key = episode_key_base(converter, request)
+    parts = {part["part"]: part["episodes"] for batch in batches for part in batch["parts"]}
+    done = {receipt["part"] for receipt in receipts.values()}
     by_id = {ref.source_id: ref for ref in refs}
-    for batch in batches:
-        for part in batch["parts"]:
-            if receipt_path(request.out, part["part"]).is_file() or _in_receipts(part, receipts):
-                continue
-            work.parts[part["part"]] = part["episodes"]
-            for source_id in part["episodes"]:
-                ref = by_id.get(source_id)
-                if ref is not None and not _spooled(request, journal, ref, key, part["part"]):
-                    work.todo.append(ref)
+    work = _Work(order=list(dict.fromkeys(s for ids in parts.values() for s in ids)))
+    for part, ids in parts.items():
+        if part in done or receipt_path(request.out, part).is_file():
+            continue
+        work.parts[part] = ids
+        for source_id in ids:
+            ref = by_id.get(source_id)
+            if ref is not None and not _spooled(request, journal, ref, key, part):
+                work.todo.append(ref)
     return work
 
 
-def _in_receipts(part: dict[str, Any], receipts: dict[str, dict[str, Any]]) -> bool:
-    """Whether a finished dataset's receipts already cover this part."""
-    return any(receipts.get(s, {}).get("part") == part["part"] for s in part["episodes"]) or part["part"] in {
-        -1
-    }
+@dataclass(frozen=True)
+class ConvertPlan:
+    """What a conversion would do, by arithmetic and a scan; nothing is written."""
+
+    root: Path
+    recordings: int
+    episodes: int  # of the dataset when done
+    frames: int
+    todo_episodes: int
+    todo_frames: int
+    changed: tuple[str, ...]
+    pixels: int  # of the frames to do, all cameras
+    raw_bytes: int  # of the files to read
+    files: int  # to be written
+    dropped: tuple[Dropped, ...]
+
+
+def plan_conversion(request: ConvertRequest, progress: Progress) -> ConvertPlan:
+    """Scan (remembered scans help) and compare with what is done."""
+    from .execute import StopRequest
+
+    converter = load_converter(request.source)
+    embodiment_check(request)
+    journal = request.out / "dpipe" / "journal"
+    if (journal / "settings.json").is_file():
+        _check_settings(request, converter, journal)
+    cache = journal / "scan.jsonl"
+    catalog = build_catalog(
+        converter, request.raw, request.options, cache, Executor(StopRequest()), progress, remember=False
+    )
+    batches = _order(journal)
+    refs = _chosen(catalog, batches, request)
+    receipts = load_receipts(request.out)
+    fresh, changed = _compare(request, converter, batches, refs, receipts)
+    redo = {ref.source_id for ref in (*fresh, *changed)}
+    todo = [ref for ref in refs if ref.source_id in redo or ref.source_id not in receipts]
+    cameras = len(refs[0].cameras) if refs else 0
+    sizes = {path: path.stat().st_size for ref in todo for path in ref.files if path.exists()}
+    return ConvertPlan(
+        root=request.out,
+        recordings=catalog.recordings,
+        episodes=len(refs),
+        frames=sum(ref.frames for ref in refs),
+        todo_episodes=len(todo),
+        todo_frames=sum(ref.frames for ref in todo),
+        changed=tuple(ref.source_id for ref in changed),
+        pixels=sum(ref.frames * c.height * c.width for ref in todo for c in map(request.video.size, ref.cameras)),
+        raw_bytes=sum(sizes.values()),
+        files=len(_parts(todo, 0, request.part_frames)) * (1 + cameras),
+        dropped=tuple(catalog.dropped),
+    )
+
+
+def _chosen(catalog: Catalog, batches: Sequence[dict[str, Any]], request: ConvertRequest) -> list[EpisodeRef]:
+    """Episodes that meet --where and --limit, and those an earlier run has already taken in."""
+    listed = {source_id for batch in batches for part in batch["parts"] for source_id in part["episodes"]}
+    wanted = {ref.source_id for ref in select(catalog.refs, request.where, request.limit)} | listed
+    return _one_variant([ref for ref in catalog.refs if ref.source_id in wanted], request)
 
 
 def episode_key_base(converter: Converter, request: ConvertRequest) -> str:

@@ -562,11 +562,11 @@ def _split_ranges(splits: Sequence[str]) -> dict[str, str]:
 
 def _stream_info(stream: Mapping[str, Any], video: VideoOptions, fps: int) -> dict[str, Any]:
     """LeRobot's description of a camera's stream: the encoder's settings, or just the stream where it was copied."""
-    from ..video.encode import CODECS, stream_info
+    from ..video.encode import PRESETS, copied_info
 
     if stream["kind"] == "encoded":
-        return CODECS[video.codec].info(stream["height"], stream["width"], fps)
-    return stream_info(bytes.fromhex(stream["sample_entry"]), stream["height"], stream["width"], fps)
+        return PRESETS[video.codec].info(stream["height"], stream["width"], fps)
+    return copied_info(stream["codec"], stream["pix_fmt"], stream["height"], stream["width"], fps)
 
 
 def _embodiment_json(embodiment: Embodiment, variant: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _encode_cameras(
     episode: Episode, job: EpisodeJob, blobs: dict[str, BinaryIO]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any], dict[str, str], dict[str, FrameHistogram]]:
     """Frames of every camera, block by block in step, so that cameras stored together are read together."""
-    from ..video.encode import CODECS, Encoder
+    from ..video.encode import PRESETS, Encoder
 
     arrays: dict[str, NDArray[Any]] = {}
     cameras: dict[str, Any] = {}
@@ -145,7 +145,7 @@ def _encode_cameras(
     hashers = {key: _new_hash() for key in sources}
     for key in sources:
         blobs[key] = _blob()
-        encoders[key] = Encoder(CODECS[job.video.codec], sizes[key].height, sizes[key].width, job.embodiment.fps, blobs[key])
+        encoders[key] = Encoder(PRESETS[job.video.codec], sizes[key].height, sizes[key].width, job.embodiment.fps, blobs[key])
     counted = set(sampled_frames(episode.frames).tolist())
     if sources:
         for start, stop in _blocks(*sources.values()):
@@ -176,7 +176,7 @@ def _take_clip(
 ) -> tuple[dict[str, Any], str]:
     """A camera that is already video: its packets by reference when they may be copied, else transcoded."""
     from ..video.decode import open_video
-    from ..video.encode import CODECS, Encoder
+    from ..video.encode import PRESETS, Encoder
     from ..video.mp4 import common_entry, copy_problem, read_table
 
     hasher = _new_hash()
@@ -198,12 +198,12 @@ def _take_clip(
         few = np.unique(counted[np.round(np.linspace(0, len(counted) - 1, 4)).astype(int)])
         with open_video(clip.path, offset=clip.offset, size=clip.size) as reader:
             histogram.add(reader.read(few))
-        receipt = _camera_receipt(size, common_entry(table.sample_entry), "copied")
+        receipt = _camera_receipt(size, common_entry(table.sample_entry), "copied", table.codec)
         receipt |= {"path": str(clip.path.resolve()), "offset": clip.offset, "size": clip.size}
         receipt |= {"first_frame": clip.first_frame, "frames": clip.frames}
         return receipt, hasher.hexdigest()
     blobs[key] = _blob()
-    encoder = Encoder(CODECS[job.video.codec], size.height, size.width, job.embodiment.fps, blobs[key])
+    encoder = Encoder(PRESETS[job.video.codec], size.height, size.width, job.embodiment.fps, blobs[key])
     at = 0
     wanted = set(counted.tolist())
     with open_video(clip.path, offset=clip.offset, size=clip.size) as reader:
@@ -218,8 +218,14 @@ def _take_clip(
     return _camera_receipt(size, encoded.sample_entry, "encoded") | {"transcoded": problem}, hasher.hexdigest()
 
 
-def _camera_receipt(size: CameraFeature, sample_entry: bytes, kind: str) -> dict[str, Any]:
-    return {"kind": kind, "height": size.height, "width": size.width, "sample_entry": sample_entry.hex()}
+def _camera_receipt(size: CameraFeature, sample_entry: bytes, kind: str, codec: str = "") -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "codec": codec,
+        "height": size.height,
+        "width": size.width,
+        "sample_entry": sample_entry.hex(),
+    }
 
 
 @dataclass(frozen=True)
@@ -294,7 +300,9 @@ def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> 
     temporary = temporary_name(path)
     write_mp4(temporary, bytes.fromhex(first["sample_entry"]), first["width"], first["height"], job.fps, runs)
     commit(temporary, path)
-    return {"height": first["height"], "width": first["width"], "kind": first["kind"], "sample_entry": first["sample_entry"]}
+    return {name: first[name] for name in ("kind", "codec", "height", "width", "sample_entry") if name in first} | {
+        "pix_fmt": first.get("pix_fmt", "yuv420p")
+    }
 
 
 def _sidecar(spools: Sequence[Spool], features: Sequence[Feature]) -> tuple[list[pa.Table], pa.Schema]:
