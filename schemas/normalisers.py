@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError, UsageError, unknown_name
+from .statistics import Blocks, exact_statistics
 
 SCALED = "scaled"
 BINARY = "binary"
@@ -191,10 +192,8 @@ class Normaliser:
         low = np.array(self.low)
         if self.mode == "identity":
             return native
-        if mode.low == "mean":
-            scaled = (native - low) / self._divisor()
-        else:
-            scaled = _affine(native, low, self._divisor())
+        span = self._divisor()
+        scaled = (native - low) / span if mode.low == "mean" else _affine(native, low, span)
         if mode.constant == "zero":
             scaled = np.where(np.array(self.constant) & np.isfinite(native), 0.0, scaled)
         elif mode.constant == "raw":
@@ -336,36 +335,6 @@ def _binary_levels(low: float, high: float) -> tuple[float, float]:
     return low, high
 
 
-QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-STATISTICS = ("min", "max", "mean", "std", *QUANTILES, "levels")
-
-
-def fit_statistics(data: NDArray[np.generic]) -> dict[str, NDArray[np.float64]]:
-    """Exact statistics of [N, D] (non-finite rows left out): min max mean std q01 q10 q50 q90 q99 levels.
-
-    Quantiles are numpy's linear ones over every row; std is that of the population. `levels` counts distinct
-    values up to 3: two of them are a binary gripper. One dimension is sorted at a time.
-    """
-    columns = np.asarray(data).reshape(len(data), -1)
-    finite = np.isfinite(columns).all(axis=1)
-    rows = columns if finite.all() else columns[finite]
-    if len(rows) == 0:
-        raise DataError("statistics of a column without one finite row\n  Run  dpipe doctor  on the dataset.")
-    result: dict[str, NDArray[np.float64]] = {name: np.empty(rows.shape[1]) for name in STATISTICS}
-    for d in range(rows.shape[1]):
-        values = np.sort(rows[:, d].astype(np.float64))
-        result["min"][d], result["max"][d] = values[0], values[-1]
-        result["mean"][d], result["std"][d] = values.mean(), values.std()
-        for name, value in zip(QUANTILES, np.quantile(values, list(QUANTILES.values())), strict=True):
-            result[name][d] = value
-        result["levels"][d] = min(3, 1 + int(np.count_nonzero(np.diff(values))))
-    # A still column's mean and std are exact, whatever the summation rounds to.
-    still = result["min"] == result["max"]
-    result["mean"][still] = result["min"][still]
-    result["std"][still] = 0.0
-    return result
-
-
 def fit(
     data: NDArray[np.generic],
     mode: str = DEFAULT_MODE,
@@ -374,10 +343,19 @@ def fit(
     source: str = "",
 ) -> Normaliser:
     """A normaliser fitted exactly on native values [N, D]."""
-    statistics = fit_statistics(data)
-    return make_normaliser(
-        mode, statistics, names=names, gripper=gripper, frames=len(data), source=source or "fitted"
-    )
+    return fit_blocks(lambda: [data], mode, names, gripper, source)
+
+
+def fit_blocks(
+    blocks: Blocks,
+    mode: str = DEFAULT_MODE,
+    names: Sequence[str] = (),
+    gripper: str = "auto",
+    source: str = "",
+) -> Normaliser:
+    """The same on rows that come in blocks [n, D] and may not fit in memory; `blocks` is called again."""
+    statistics, rows = exact_statistics(blocks)
+    return make_normaliser(mode, statistics, names=names, gripper=gripper, frames=rows, source=source)
 
 
 # --- normalisers of other trainers ------------------------------------------------------------------------

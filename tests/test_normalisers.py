@@ -9,10 +9,10 @@ from dpipe.schemas.normalisers import (
     MODES,
     Normaliser,
     fit,
-    fit_statistics,
     import_normaliser,
     make_normaliser,
 )
+from dpipe.schemas.statistics import fit_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,13 +135,6 @@ def test_exact_statistics_equal_numpy_over_every_row():
     np.testing.assert_allclose(stats["mean"], wide.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(stats["std"], wide.std(axis=0), rtol=1e-12)
     assert stats["levels"].tolist() == [3, 3, 3]
-
-
-def test_rows_that_are_not_finite_are_left_out_of_the_statistics():
-    stats = fit_statistics(np.array([[1.0, 1.0], [np.nan, 50.0], [3.0, 1.0]]))
-    assert stats["max"].tolist() == [3.0, 1.0] and stats["levels"].tolist() == [2, 1]
-    with pytest.raises(DataError, match="without one finite row"):
-        fit_statistics(np.full((2, 1), np.nan))
 
 
 @settings(max_examples=60)

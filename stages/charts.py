@@ -1,0 +1,89 @@
+"""Line charts as PNG, with Pillow alone: what a report shows to a person choosing a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PANEL_W, PANEL_H = 420, 300
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 46
+
+
+def line_charts(
+    path: Path,
+    title: str,
+    panels: Sequence[tuple[str, Mapping[str, Sequence[float]]]],
+    ticks: Sequence[Any],
+    axis: str,
+    columns: int = 2,
+) -> None:
+    """One panel per (title, {series: values}); every series has one value per tick of the common axis.
+
+    Ticks are spaced evenly, whatever their values: bins of 2 and 256 deserve the same room. NaN is a gap.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows = -(-len(panels) // columns)
+    image = Image.new("RGB", (columns * PANEL_W, rows * PANEL_H + 40), "white")
+    draw = ImageDraw.Draw(image)
+    small, large = ImageFont.load_default(11), ImageFont.load_default(16)
+    draw.text((12, 10), title, fill="black", font=large)
+    for number, (name, series) in enumerate(panels):
+        left, top = number % columns * PANEL_W, number // columns * PANEL_H + 40
+        _panel(draw, left, top, name, series, ticks, axis, small)
+    image.save(path, optimize=False)
+
+
+def _panel(
+    draw: ImageDraw,
+    left: int,
+    top: int,
+    name: str,
+    series: Mapping[str, Sequence[float]],
+    ticks: Sequence[Any],
+    axis: str,
+    font: FreeTypeFont | ImageFont,
+) -> None:
+    values = np.array([value for line in series.values() for value in line], dtype=float)
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    low = min(low, 0.0) if low > -0.2 * max(high, 1e-9) else low
+    high = high if high > low else low + 1.0
+    x0, x1, y0, y1 = left + LEFT, left + PANEL_W - RIGHT, top + PANEL_H - BOTTOM, top + TOP
+    draw.text((left + LEFT, top + 8), name, fill="black", font=font)
+    draw.line([(x0, y1), (x0, y0), (x1, y0)], fill="#808080")
+
+    def at(i: int, value: float) -> tuple[float, float]:
+        x = x0 + (x1 - x0) * (i + 0.5) / len(ticks)
+        return x, y0 + (y1 - y0) * (value - low) / (high - low)
+
+    for step in range(5):
+        value = low + (high - low) * step / 4
+        y = at(0, value)[1]
+        draw.line([(x0, y), (x1, y)], fill="#E4E4E4")
+        draw.text((x0 - 6, y), f"{value:.3g}", fill="#404040", font=font, anchor="rm")
+    for i, tick in enumerate(ticks):
+        draw.text((at(i, low)[0], y0 + 6), str(tick), fill="#404040", font=font, anchor="mt")
+    draw.text(((x0 + x1) / 2, y0 + 24), axis, fill="#404040", font=font, anchor="mt")
+    for number, (label, line) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        points = [at(i, value) if np.isfinite(value) else None for i, value in enumerate(line)]
+        for first, second in pairwise(points):
+            if first and second:
+                draw.line([first, second], fill=colour, width=2)
+        for point in filter(None, points):
+            draw.ellipse([point[0] - 3, point[1] - 3, point[0] + 3, point[1] + 3], fill=colour)
+        if len(series) > 1:
+            y = y1 + 4 + 14 * number
+            draw.rectangle([x0 + 8, y + 3, x0 + 16, y + 9], fill=colour)
+            draw.text((x0 + 21, y), label, fill="black", font=font)
