@@ -1,1 +1,1 @@
-"""Stream -> recipe -> checkpoint, one file per recipe; closed-loop evaluation. Knows schemas, models, streams, samples."""
+"""Stream -> recipe -> checkpoint, one file per recipe; evaluation. Knows schemas, models, streams, samples."""

@@ -1,0 +1,244 @@
+"""Libra's mechanisms: intent helps, the curriculum closes the gap between training and acting, once."""
+# ruff: noqa: E402 - what needs torch is imported once torch is known to be there
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from dpipe.schemas import bins
+from dpipe.schemas.normalisers import Normaliser
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from dpipe.trainer.draws import Draws
+from dpipe.trainer.libra import (
+    Config,
+    Curriculum,
+    IntentBuffer,
+    Libra,
+    LibraPolicy,
+    bin_centre,
+    latency_per_refinement,
+    sample_bins,
+)
+from dpipe.trainer.loop import Phase, learning_rate
+from dpipe.trainer.losses import valid_steps
+from dpipe.trainer.memory import MemoryBatches
+from dpipe.trainer.space import Space, to_tensors
+
+STEPS, SAMPLES = 500, 8000
+
+
+def toy_space(state_dim: int = 3, action_dim: int = 2) -> Space:
+    zeros = (0.0,) * action_dim
+    native = Normaliser("identity", zeros, zeros, ("scaled",) * action_dim, (False,) * action_dim, 0.0, None)
+    return Space((), (0.0,) * state_dim, (1.0,) * state_dim, native, fps=20)
+
+
+def toy_columns(samples: int, steps: int, observed: int, seed: int) -> dict[str, np.ndarray]:
+    """A smooth function of the state with noise of half a bin: what the bins say, the state alone does not."""
+    rng = np.random.default_rng(seed)
+    state = rng.uniform(-1, 1, (samples, 3)).astype(np.float32)
+    phase = np.arange(steps) * 0.3
+    clean = [0.2 + 0.5 * np.sin(2 * state[:, :1] + phase) ** 2, 0.7 * np.cos(2 * state[:, 1:2] + phase)]
+    action = np.clip(np.stack(clean, -1) + rng.normal(0, 0.1, (samples, steps, 2)), -1, 1).astype(np.float32)
+    return {
+        "observation.state": np.repeat(state[:, None], observed, 1),
+        "action": action,
+        "action_is_pad": np.zeros((samples, steps), bool),
+        "tokens": bins.encode(action, 10),
+    }
+
+
+def train_toy(steps: int = STEPS, seed: int = 0, **options) -> Libra:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    tiny = {"width": 32, "heads": 2, "chunk": 2, "slices": 1, "planner_layers": 1, "refiner_layers": 1}
+    config = Config(**tiny | options)
+    model = Libra(config, toy_space())
+    model.begin(Phase("train", steps))
+    batches = MemoryBatches(toy_columns(SAMPLES, config.plan_steps, config.slices, 1), 64, seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=True)
+    model.news = []
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 2e-3 * learning_rate(step, steps, 0.05, "cosine")
+        loss, metrics = model(to_tensors(next(batches), model.space, "cpu"), Draws.of_step(seed, 0, step, 64))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        model.news += model.advance(step + 1, metrics)
+    return model.eval()
+
+
+def judge(model: Libra, intent: str) -> SimpleNamespace:
+    """Noise loss and action error on fresh samples, with the true bins or with the planner's."""
+    columns = toy_columns(2000, model.config.plan_steps, model.config.slices, 7)
+    batch = to_tensors(columns, model.space, "cpu")
+    draws = Draws.of_step(5, 0, 0, 2000)
+    c = model.config
+    with torch.no_grad():
+        logits = model.planner([], batch["state"][:, 0], batch["text"])
+        given = batch["tokens"]
+        if intent == "planner":
+            given = sample_bins(logits, draws.uniform(c.plan_steps, 2))
+        valid = valid_steps(batch["is_pad"], batch["dims"]).expand_as(given)
+        loss = model._diffusion_loss(batch, valid, given, torch.zeros(2000, dtype=torch.int64), draws)
+        action = model.refine(
+            [], batch["state"][:, 0], batch["text"], given[:, : c.chunk], draws.normal(c.chunk, 2)
+        )
+    error = (action - batch["action"][:, : c.chunk]).abs().mean()
+    return SimpleNamespace(loss=float(loss), error=float(error))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Libra:
+    return train_toy(intent="teacher")
+
+
+@pytest.fixture(scope="module")
+def curriculum() -> Libra:
+    return train_toy(intent="curriculum")
+
+
+def test_true_intent_lowers_the_noise_loss_by_more_than_a_tenth(teacher):
+    without = train_toy(intent="none")
+    assert judge(teacher, "true").loss < 0.9 * judge(without, "true").loss
+
+
+def test_the_curriculum_halves_the_gap_between_the_planners_intent_and_the_true_one(teacher, curriculum):
+    def gap(model: Libra) -> float:
+        return judge(model, "planner").error - judge(model, "true").error
+
+    assert gap(teacher) > 0.02  # there is a gap to close
+    assert gap(curriculum) < gap(teacher) / 2
+
+
+def test_the_curriculum_switches_exactly_once_and_says_so(curriculum):
+    assert len(curriculum.news) == 1
+    assert curriculum.curriculum.switched_at == round(STEPS / 6)
+    assert "fallback" in curriculum.news[0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=30, max_size=200), st.floats(0.05, 0.95))
+def test_the_latch_closes_at_most_once_whatever_the_accuracy_does(values, tau):
+    latch = Curriculum(tau=tau, min_steps=5, fallback_step=len(values))
+    closed = [step for step, value in enumerate(values, 1) if latch.observe(step, value)]
+    assert len(closed) == 1 and closed[0] >= 5
+    assert latch.switched_at == closed[0]
+
+
+def test_the_latch_needs_the_average_above_tau_and_the_minimum_of_steps():
+    latch = Curriculum(tau=0.5, min_steps=3, fallback_step=1000)
+    assert [latch.observe(step, 0.6) for step in (1, 2, 3, 4)] == [False, False, True, False]
+    slow = Curriculum(tau=0.5, min_steps=1, fallback_step=1000)
+    # One good step after many bad ones does not move an average of a hundred.
+    assert not any(slow.observe(step, 0.0) for step in range(1, 101))
+    assert not slow.observe(101, 1.0)
+
+
+def test_additive_phi_returns_the_action_from_its_residual_exactly():
+    action = torch.tensor([[0.37, -0.37, 0.999, -1.0, 0.0]])
+    token = torch.from_numpy(bins.encode(action.numpy(), 10).astype(np.int64))
+    residual = 10 * (action - bin_centre(token, 10))
+    assert residual.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(bin_centre(token, 10) + residual / 10, action)
+    assert bin_centre(torch.tensor([10]), 10).item() == 0  # unknown
+
+
+@pytest.mark.parametrize("phi", ["implicit", "additive"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_either_phi_and_either_prediction_learn_the_action(phi, prediction):
+    model = train_toy(steps=250, phi=phi, prediction=prediction, intent="teacher")
+    # Two draws from one bin differ by a third of its width on average, 0.067: additive starts from there.
+    assert judge(model, "true").error < (0.08 if phi == "additive" else 0.12)
+
+
+def test_the_refiner_is_trained_on_every_slice_of_the_plan():
+    model = Libra(Config(width=32, heads=2, chunk=2, slices=3), toy_space())
+    batch = to_tensors(toy_columns(16, 6, 3, 0), model.space, "cpu")
+    seen = set()
+    original = model.refiner.intent.forward
+
+    def spy(given):
+        seen.update(tuple(row.flatten().tolist()) for row in given)
+        return original(given)
+
+    model.refiner.intent.forward = spy
+    for step in range(8):
+        model(batch, Draws.of_step(0, 0, step, 16))
+    slices = batch["tokens"].unflatten(1, (3, 2))
+    for m in range(3):
+        assert {tuple(row.flatten().tolist()) for row in slices[:, m]} & seen
+
+
+def test_padded_steps_and_absent_dimensions_carry_no_loss():
+    model = Libra(Config(width=32, heads=2, chunk=2, slices=2), toy_space())
+    columns = toy_columns(8, 4, 2, 0)
+    columns["action_is_pad"][:, 3:] = True
+    columns["action_dims"] = np.array([True, False])
+    changed = {name: value.copy() for name, value in columns.items()}
+    changed["action"][:, 3:] = 0.123
+    changed["tokens"][:, 3:] = 4
+    changed["tokens"][..., 1] = 255
+    losses = []
+    for version in (columns, changed):
+        _, metrics = model(to_tensors(version, model.space, "cpu"), Draws.of_step(0, 0, 0, 8))
+        losses.append(float(metrics["plan"]))
+    assert losses[0] == losses[1]
+
+
+def test_sampled_bins_follow_the_logits():
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(20_000, 3)
+    drawn = sample_bins(logits, torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    shares = torch.bincount(drawn, minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.02, rtol=0)
+
+
+# -- asynchronous execution -------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40))
+def test_plans_are_made_once_per_m_refinements_and_read_in_order(slices, chunk, refinements):
+    buffer, plans, read = IntentBuffer(), 0, []
+    for _ in range(refinements):
+        if not buffer:
+            buffer.push(range(plans * slices * chunk, (plans + 1) * slices * chunk))
+            plans += 1
+        read += buffer.pop(chunk)
+    assert plans == -(-refinements // slices)
+    assert read == list(range(refinements * chunk))
+
+
+def test_latency_fits_the_papers_table_6():
+    figures = [latency_per_refinement(60, 92, m) for m in (2, 3, 4, 5)]
+    assert [round(value) for value in figures] == [122, 112, 107, 104]
+    assert [round(100 * (1 - value / 220), 1) for value in figures] == [44.5, 49.1, 51.4, 52.7]
+
+
+class _Counted(Libra):
+    plans = refinements = 0
+
+    def plan(self, *seen):
+        self.plans += 1
+        return super().plan(*seen)
+
+    def refine(self, *seen):
+        self.refinements += 1
+        return super().refine(*seen)
+
+
+def test_the_policy_plans_once_per_m_chunks_and_again_after_a_reset_or_new_words():
+    model = _Counted(Config(width=32, heads=2, chunk=2, slices=3, sample_steps=2), toy_space())
+    policy = LibraPolicy(model)
+    state = np.zeros((4, 3), np.float32)
+    for _ in range(7):  # 4 chunks of 2: one step into the fourth
+        assert policy.act({}, state, ["a"] * 4).shape == (4, 2)
+    assert (model.plans, model.refinements) == (2, 4)
+    policy.reset()
+    policy.act({}, state, ["a"] * 4)
+    assert (model.plans, model.refinements) == (3, 5)
+    policy.act({}, state, ["b"] * 4)
+    assert (model.plans, model.refinements) == (4, 6)
+    assert len(policy.clock["plan"]) == 4 and len(policy.clock["refine"]) == 6
