@@ -27,10 +27,13 @@ from .tabletop import BASE_POSITION, FPS, TABLE_Z, Observation, Tabletop, Task
 if TYPE_CHECKING:
     import h5py
 
-# One suite of each naming style: lower case alone, and an upper-case scene with a number of two digits.
-SUITES = {"tray": ("libero_object", ""), "plate": ("libero_10", "TABLETOP_SCENE10_")}
+# Container -> suite, prefix of the file name, problem. One suite of each naming style: lower case alone, and
+# an upper-case scene with a number of two digits. Both scenes put the robot's base where the tabletop has it.
+SUITES = {
+    "tray": ("libero_goal", "", "Libero_Tabletop_Manipulation"),
+    "plate": ("libero_10", "KITCHEN_SCENE10_", "Libero_Kitchen_Tabletop_Manipulation"),
+}
 SEEDS_FILE = "tabletop.json"
-PROBLEM = "Libero_Tabletop_Manipulation"
 REGENERATED_SIZE = 256
 
 
@@ -66,7 +69,7 @@ def write(
             for i, one in enumerate(task_seeds)
         )
         task = _task_of(task_seeds[0], objects)
-        suite, prefix = SUITES[task.container]
+        suite, prefix, _ = SUITES[task.container]
         name = prefix + instruction.replace(" ", "_")
         path = raw / suite / f"{name}_demo.hdf5"
         writer = _write_regenerated if regenerated else _write_released
@@ -212,11 +215,13 @@ def _write_arrays(
 
 
 def _bddl_wording(task: Task) -> str:
-    """The object suite's habit: "pick the ..." in the bddl file, "pick up the ..." in the file name."""
-    return task.instruction.replace("pick up", "pick", 1)
+    """The bddl file's sentence: for some tasks (29 of LIBERO's 130) in other words than the file name."""
+    differs = task.container == "tray" and task.bodies[task.target].shape == "cylinder"
+    return task.instruction.replace("pick up", "pick", 1) if differs else task.instruction
 
 
 def _data_attributes(task: Task, name: str, suite: str) -> dict[str, Any]:
+    problem_name = SUITES[task.container][2]
     old_path = f"chiliocosm/bddl_files/{suite}/{_bddl_wording(task).replace(' ', '_')}.bddl"
     low, high = [-0.05] * 3 + [-0.5] * 3, [0.05] * 3 + [0.5] * 3
     controller = {
@@ -251,18 +256,18 @@ def _data_attributes(task: Task, name: str, suite: str) -> dict[str, Any]:
     }
     env_args = {
         "type": 1,
-        "env_name": PROBLEM,
-        "problem_name": PROBLEM.lower(),
+        "env_name": problem_name,
+        "problem_name": problem_name.lower(),
         "bddl_file": old_path,  # published files still name their pre-release path here
         "env_kwargs": env_kwargs,
     }
     problem = {
-        "problem_name": PROBLEM.lower(),
+        "problem_name": problem_name.lower(),
         "domain_name": "robosuite",
         "language_instruction": _bddl_wording(task),
     }
     return {
-        "env_name": PROBLEM,
+        "env_name": problem_name,
         "env_args": json.dumps(env_args),
         "problem_info": json.dumps(problem),
         "bddl_file_name": f"libero/libero/bddl_files/{suite}/{name}.bddl",
@@ -274,9 +279,10 @@ def _data_attributes(task: Task, name: str, suite: str) -> dict[str, Any]:
 def _bddl(task: Task) -> str:
     objects = "\n".join(f"    {b.colour}_{b.shape}_1 - {b.colour}_{b.shape}" for b in task.bodies)
     target = task.bodies[task.target]
+    problem = SUITES[task.container][2].replace("Libero", "LIBERO")
     goal = f"{'In' if task.container == 'tray' else 'On'} {target.colour}_{target.shape}_1 {task.container}_1"
     return (
-        f"(define (problem {PROBLEM.replace('Libero', 'LIBERO')})\n  (:domain robosuite)\n"
+        f"(define (problem {problem})\n  (:domain robosuite)\n"
         f"  (:language {_bddl_wording(task).capitalize()})\n  (:fixtures\n    main_table - table\n  )\n"
         f"  (:objects\n{objects}\n    tray_1 - tray\n    plate_1 - plate\n  )\n"
         f"  (:obj_of_interest\n    {target.colour}_{target.shape}_1\n    {task.container}_1\n  )\n"
