@@ -161,18 +161,31 @@ class Encoder:
         self._sync: list[bool] = []
 
     def write(self, frames: NDArray[np.uint8]) -> None:
-        """Encode [n, H, W, 3] RGB."""
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (self.height, self.width, 3):
-            raise ValueError(
-                f"expected uint8 [n, {self.height}, {self.width}, 3], got {frames.dtype} {frames.shape}"
-            )
+        """Encode [n, H, W, 3] RGB; frames of another size are resized in the pass that makes them yuv."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise ValueError(f"expected uint8 [n, H, W, 3], got {frames.dtype} {frames.shape}")
+        as_is = frames.shape[1:3] == (self.height, self.width)
         for picture in np.ascontiguousarray(frames):
             frame = self._reformatter.reformat(
-                self._frame(picture, format="rgb24"), format=self.codec.pix_fmt, interpolation="BILINEAR"
+                self._frame(picture, format="rgb24"),
+                width=self.width,
+                height=self.height,
+                format=self.codec.pix_fmt,
+                interpolation="BILINEAR" if as_is else "AREA",
             )
-            frame.pts, frame.time_base = self._written, self._context.time_base
-            self._written += 1
-            self._take(self._context.encode(frame))
+            self.write_frame(frame)
+
+    def write_frame(self, frame: "av.VideoFrame") -> None:
+        """Encode one picture that already has the encoder's size and pixel format."""
+        if (frame.height, frame.width, frame.format.name) != (self.height, self.width, self.codec.pix_fmt):
+            raise ValueError(
+                f"expected {self.width}x{self.height} {self.codec.pix_fmt},"
+                f" got {frame.width}x{frame.height} {frame.format.name}"
+            )
+        frame.pts, frame.time_base = self._written, self._context.time_base
+        frame.pict_type = 0  # a transcoded frame remembers its old type, and the encoder would follow it
+        self._written += 1
+        self._take(self._context.encode(frame))
 
     def finish(self) -> EncodedClip:
         if self._written == 0:
