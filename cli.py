@@ -34,17 +34,25 @@ def common(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _common_options() -> list[Callable[..., Any]]:
     return [
-        click.option("--workspace", type=click.Path(path_type=Path), help="Folder to work in.  [DPIPE_WORKSPACE or .]"),
-        click.option("--json", "as_json", is_flag=True, help="Machine-readable result, progress as JSON events."),
+        click.option(
+            "--workspace", type=click.Path(path_type=Path), help="Folder to work in.  [DPIPE_WORKSPACE or .]"
+        ),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Machine-readable result, progress as JSON events."
+        ),
         click.option("--debug", is_flag=True, help="Show tracebacks."),
     ]
 
 
 def _run_options() -> list[Callable[..., Any]]:
     return [
-        click.option("--workers", type=click.IntRange(0), help="Processes; 0 runs in this one.  [number of cores]"),
+        click.option(
+            "--workers", type=click.IntRange(0), help="Processes; 0 runs in this one.  [number of cores]"
+        ),
         click.option("--scheduler", help="Address of a running Dask scheduler, tcp://host:port."),
-        click.option("--where", help="SQL condition over episodes, e.g. \"frames > 50 AND split = 'train'\"."),
+        click.option(
+            "--where", help="SQL condition over episodes, e.g. \"frames > 50 AND split = 'train'\"."
+        ),
         click.option("--max-time", type=float, help="Stop cleanly after this many seconds (exit 75)."),
         click.option("--yes", is_flag=True, help="Do not ask before long or large work."),
         click.option("--dry-run", is_flag=True, help="Print what would run, and stop."),
@@ -80,7 +88,9 @@ def cli() -> None:
 @click.option("--episodes", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @common
-def sample(names: tuple[str, ...], episodes: int, seed: int, workspace: Path | None, as_json: bool, **_: Any) -> None:
+def sample(
+    names: tuple[str, ...], episodes: int, seed: int, workspace: Path | None, as_json: bool, **_: Any
+) -> None:
     """Write raw recordings of a small tabletop simulator into raw/.
 
     \b
@@ -133,20 +143,38 @@ def _convert_command(source: str) -> click.Command:
 
     converter = load_converter(source)
     parameters: list[click.Parameter] = [
-        click.Option(["--to"], type=click.Choice(["lerobot", "lerobot21", "zarr"]), default="lerobot", show_default=True),
+        click.Option(
+            ["--to"],
+            type=click.Choice(["lerobot", "lerobot21", "zarr"]),
+            default="lerobot",
+            show_default=True,
+        ),
         click.Option(["--raw"], type=click.Path(path_type=Path), help=f"Raw folder.  [raw/{source}]"),
-        click.Option(["--out"], type=click.Path(path_type=Path), help="Folder of the dataset.  [lerobot/NAME]"),
+        click.Option(
+            ["--out"], type=click.Path(path_type=Path), help="Folder of the dataset.  [lerobot/NAME]"
+        ),
         click.Option(["--name"], help=f"Name of the dataset.  [{source}]"),
-        click.Option(["--limit"], type=click.IntRange(1), help="Only the first N episodes; a later run appends."),
+        click.Option(
+            ["--limit"], type=click.IntRange(1), help="Only the first N episodes; a later run appends."
+        ),
         click.Option(["--codec"], type=click.Choice(["h264", "av1"]), default="h264", show_default=True),
-        click.Option(["--video"], type=click.Choice(["auto", "copy", "transcode"]), default="auto", show_default=True),
+        click.Option(
+            ["--video"], type=click.Choice(["auto", "copy", "transcode"]), default="auto", show_default=True
+        ),
         click.Option(["--resize"], help="Picture size as WIDTHxHEIGHT.  [as recorded]"),
         click.Option(["--part-frames"], type=click.IntRange(1), help="Frames in a file.  [16384]"),
-        click.Option(["--verify"], is_flag=True, help="Compare contents, not only sizes and times, with what is done."),
+        click.Option(
+            ["--verify"], is_flag=True, help="Compare contents, not only sizes and times, with what is done."
+        ),
         click.Option(["--allow-dropped"], is_flag=True, help="Exit 0 although episodes were left out."),
         *_options_of(converter.Options),
     ]
-    command = click.Command(source, params=parameters, callback=_converting(source), help=f"Convert {source}.\n\n{converter.expects}")
+    command = click.Command(
+        source,
+        params=parameters,
+        callback=_converting(source),
+        help=f"Convert {source}.\n\n{converter.expects}",
+    )
     return running(command)  # type: ignore[return-value]
 
 
@@ -160,10 +188,26 @@ def _options_of(options_type: type) -> list[click.Parameter]:
         if isinstance(item.default, bool):
             made.append(click.Option([flag], is_flag=True, default=item.default, help=help_text))
         elif choices:
-            made.append(click.Option([flag], type=click.Choice(choices), default=item.default, show_default=True, help=help_text))
+            made.append(
+                click.Option(
+                    [flag],
+                    type=click.Choice(choices),
+                    default=item.default,
+                    show_default=True,
+                    help=help_text,
+                )
+            )
         else:
             kind = type(item.default) if item.default is not None else str
-            made.append(click.Option([flag], type=kind, default=item.default, show_default=item.default is not None, help=help_text))
+            made.append(
+                click.Option(
+                    [flag],
+                    type=kind,
+                    default=item.default,
+                    show_default=item.default is not None,
+                    help=help_text,
+                )
+            )
     return made
 
 
@@ -300,7 +344,8 @@ def main() -> None:
         if debug:
             raise
         click.echo(
-            f"error: {type(error).__name__}: {error}\n  This is a fault of dpipe; run again with --debug for the traceback.",
+            f"error: {type(error).__name__}: {error}\n"
+            "  This is a fault of dpipe; run again with --debug for the traceback.",
             err=True,
         )
         sys.exit(1)
@@ -308,4 +353,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-

@@ -16,7 +16,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +128,9 @@ def scan(recording: Recording, options: Options) -> Sequence[EpisodeRef | Droppe
         with open_hdf5(path) as file:
             return _scan_file(file, recording, options)
     except (DataError, OSError, ValueError, KeyError, RuntimeError) as error:
-        return [_dropped(recording, "", str(error), "download the file again or take it out of the raw folder")]
+        return [
+            _dropped(recording, "", str(error), "download the file again or take it out of the raw folder")
+        ]
 
 
 def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[EpisodeRef | Dropped]:
@@ -144,9 +145,11 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
                 "is this a LIBERO demonstration file? see the raw tree in converters/libero.py",
             )
         ]
-    demos = sorted((n for n in data if re.fullmatch(r"demo_\d+", n)), key=lambda n: int(n[5:]))
+    demos = sorted((n for n in map(str, data) if re.fullmatch(r"demo_\d+", n)), key=lambda n: int(n[5:]))
     if not demos:
-        return [_dropped(recording, "", "group 'data' holds no demo_<i>", "take the file out of the raw folder")]
+        return [
+            _dropped(recording, "", "group 'data' holds no demo_<i>", "take the file out of the raw folder")
+        ]
     suite, stem = recording.name.split("/", 1)
     attributes = _attributes(data)
     kind = "raw" if "macros_image_convention" in attributes else "regenerated"
@@ -154,7 +157,8 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
     bddl_instruction = str(problem.get("language_instruction", ""))
     misplaced = _suite_problem(suite, str(problem.get("problem_name", "")))
     if misplaced:
-        return [_dropped(recording, demo, misplaced, "move the file to its suite's folder") for demo in demos]
+        remedy = "move the file to its suite's folder"
+        return [*(_dropped(recording, demo, misplaced, remedy) for demo in demos)]
 
     instruction = instruction_from_file(stem)
     notes: list[str] = []
@@ -250,8 +254,8 @@ class DemoFrames:
     def __init__(self, path: Path, name: str, rows: NDArray[np.int64], rotation: str, turned: bool) -> None:
         self.path, self.name, self.rows = path, name, rows
         self.flips = _flips(rotation, turned)
-        dataset = _open_frames(path, name)
-        self.height, self.width = int(dataset.shape[1]), int(dataset.shape[2])
+        self.dataset = _open_frames(path, name)  # open for as long as the episode is read
+        self.height, self.width = int(self.dataset.shape[1]), int(self.dataset.shape[2])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -260,7 +264,7 @@ class DemoFrames:
         rows = self.rows[start:stop]
         first, last = int(rows[0]), int(rows[-1]) + 1
         try:
-            block = _open_frames(self.path, self.name)[first:last]
+            block = self.dataset[first:last]
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"pictures of {self.name} in {self.path} cannot be read: {error}") from error
         if len(block) != len(rows):  # frames between were left out as no-ops
@@ -282,7 +286,9 @@ def embodiment(options: Options, variant: str) -> Embodiment:
             "action_unit": {"position_m": 0.05, "rotation_rad": 0.5},
             "action_frame": "world",
             "action_rotation": "rotation vector, applied from the left",
-            "gripper_action": {"open": -1, "close": 1} if options.gripper == "native" else {"open": 1, "close": 0},
+            "gripper_action": {"open": -1, "close": 1}
+            if options.gripper == "native"
+            else {"open": 1, "close": 0},
             "state_frame": "world",
             "state_rotation": "axis-angle in [0, 2 pi], not canonicalised",
             "quaternion_order": "xyzw",
@@ -466,7 +472,7 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
     return raw
 
 
-def _floats(group: h5py.Group, name: str) -> NDArray[np.float64] | None:
+def _floats(group: h5py.Group, name: str) -> NDArray[Any] | None:
     array = read_dataset(group, name)
     if array is not None and array.dtype.kind != "f":
         raise DataError(f"'{name}' is {array.dtype}, expected floating point")
@@ -488,13 +494,16 @@ def _suite_problem(suite: str, problem_name: str) -> str:
             f"folder '{suite}' is no LIBERO suite; expected <suite>/<TASK>_demo.hdf5 with a suite such as "
             f"{', '.join(SCENES)}"
         )
-    scene = problem_name.removeprefix("libero_").removesuffix("_manipulation")
+    # libero_kitchen_tabletop_manipulation, but also libero_tabletop_manipulation and libero_floor_manipulation
+    scene = problem_name.removeprefix("libero_").removesuffix("_manipulation").removesuffix("_tabletop")
     if problem_name and suite in SCENES and scene not in SCENES[suite]:
-        return f"wrong suite folder: '{suite}' holds {' / '.join(SCENES[suite])} scenes, this file is '{scene}'"
+        return (
+            f"wrong suite folder: '{suite}' holds {' / '.join(SCENES[suite])} scenes, this file is '{scene}'"
+        )
     return ""
 
 
-def _pose(state: NDArray[np.float64]) -> NDArray[np.float64]:
+def _pose(state: NDArray[np.float64]) -> NDArray[np.floating[Any]]:
     """[T, 8] state -> [T, 10] xyz, rot6d, gripper_open in [0, 1]."""
     rot6d = matrix_to_rot6d(rotvec_to_matrix(state[:, 3:6]))
     opening = np.clip((state[:, 6:7] - state[:, 7:8]) / FINGER_TRAVEL, 0.0, 1.0)
@@ -507,9 +516,7 @@ def _flips(rotation: str, turned: bool) -> tuple[int, int]:
     return (-rows, -columns) if turned else (rows, columns)
 
 
-@lru_cache(maxsize=4)
 def _open_frames(path: Path, name: str) -> h5py.Dataset:
-    """The picture dataset, kept open: an episode is read in many blocks by one worker."""
     import h5py
 
     file = h5py.File(path, "r", locking=False)
@@ -520,7 +527,7 @@ def _open_frames(path: Path, name: str) -> h5py.Dataset:
 
 
 def _attributes(data: h5py.Group) -> dict[str, Any]:
-    return {name: value for name, value in data.attrs.items()}
+    return dict(data.attrs.items())
 
 
 def _json(text: Any) -> dict[str, Any]:

@@ -28,7 +28,10 @@ NOTES = {
 
 
 def dataset_card(
-    manifest: Mapping[str, Any], tasks: Sequence[str], dropped: Sequence[Dropped], statistics: Mapping[str, Any]
+    manifest: Mapping[str, Any],
+    tasks: Sequence[str],
+    dropped: Sequence[Dropped],
+    statistics: Mapping[str, Any],
 ) -> str:
     """Markdown with Hugging Face front matter."""
     totals, body = manifest["totals"], manifest["embodiment"]
@@ -72,7 +75,12 @@ def dataset_card(
     if body["sidecar"]:
         lines += ["", "Beside the dataset, in `dpipe/columns/` (row by row with `data/`):", ""]
         lines += [f"- `{n}`: {', '.join(f['names'])}. {f['description']}" for n, f in body["sidecar"].items()]
-    lines += ["", "## Splits", "", *(f"- {split}: episodes {where}" for split, where in manifest["splits"].items())]
+    lines += [
+        "",
+        "## Splits",
+        "",
+        *(f"- {split}: episodes {where}" for split, where in manifest["splits"].items()),
+    ]
     lines += ["", "## Instructions", "", *(f"- {_escape(task)}" for task in tasks[:SHOWN_TASKS])]
     if len(tasks) > SHOWN_TASKS:
         lines.append(f"- and {len(tasks) - SHOWN_TASKS} more in `meta/tasks.parquet`")
@@ -82,7 +90,12 @@ def dataset_card(
     if manifest["source"] in NOTES:
         lines += ["", NOTES[manifest["source"]]]
     if manifest["warnings"]:
-        lines += ["", "Noticed in the recordings:", "", *(f"- {_escape(w)}" for w in manifest["warnings"][:SHOWN_TASKS])]
+        lines += [
+            "",
+            "Noticed in the recordings:",
+            "",
+            *(f"- {_escape(w)}" for w in manifest["warnings"][:SHOWN_TASKS]),
+        ]
     if dropped:
         lines += ["", f"## Left out: {len(dropped)}", ""]
         lines += [f"- `{d.source_id}`: {_escape(d.reason)}" for d in dropped[:SHOWN_DROPPED]]
@@ -108,4 +121,10 @@ def _value(value: Any) -> str:
 def _escape(text: str) -> str:
     """Text from a recording, on one line and without markup of its own."""
     flat = " ".join(text.split())
-    return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|").replace("`", "'")
+    return (
+        flat.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("|", "\\|")
+        .replace("`", "'")
+    )

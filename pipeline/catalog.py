@@ -70,8 +70,10 @@ def build_catalog(
     for name, outcome in executor.results():
         if isinstance(outcome, Failure):
             files = tuple(path.name for path in by_name[name].files)
-            outcome = [Dropped(name, files, outcome.message, "look at this file, or report it", by_name[name].split)]
-        results[name] = outcome
+            outcome = [
+                Dropped(name, files, outcome.message, "look at this file, or report it", by_name[name].split)
+            ]
+        results[name] = list(outcome)
         progress.advance()
     progress.end()
     if cache is not None and remember and (todo or set(remembered) - set(results)):
@@ -117,7 +119,7 @@ def select(refs: Sequence[EpisodeRef], where: str | None, limit: int | None) -> 
         try:
             connection = duckdb.connect(config={"enable_external_access": False})
             connection.register("episodes", episodes)
-            found = connection.execute(f"SELECT row FROM episodes WHERE {where} ORDER BY row").fetchall()  # noqa: S608
+            found = connection.execute(f"SELECT row FROM episodes WHERE {where} ORDER BY row").fetchall()
         except duckdb.Error as error:
             raise UsageError(
                 f"--where cannot be evaluated: {str(error).splitlines()[0]}\n"

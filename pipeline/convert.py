@@ -76,7 +76,9 @@ class _Work:
     """What is left to do, from comparing the catalogue with the receipts."""
 
     todo: list[EpisodeRef] = field(default_factory=list)  # encode
-    parts: dict[int, list[str]] = field(default_factory=dict)  # part -> source ids, in order, parts not yet muxed
+    parts: dict[int, list[str]] = field(
+        default_factory=dict
+    )  # part -> source ids, in order, parts not yet muxed
     order: list[str] = field(default_factory=list)  # every episode of the dataset, in its order
 
 
@@ -111,7 +113,9 @@ def convert(request: ConvertRequest, progress: Progress) -> ConvertResult:
             need = sum(ref.frames * sum(c.height * c.width for c in ref.cameras) for ref in work.todo) // 8
             require_space(request.out, need, f"converting {len(work.todo)} episodes")
             executor = executors.heavy(len(work.todo))
-            progress.say(f"convert {request.source}: {len(work.todo)} episodes to do, in {executor.description}")
+            progress.say(
+                f"convert {request.source}: {len(work.todo)} episodes to do, in {executor.description}"
+            )
         else:
             executor = executors.light()
         _run(request, embodiment, by_id, work, executor, progress, journal)
@@ -131,7 +135,9 @@ def convert(request: ConvertRequest, progress: Progress) -> ConvertResult:
     return _result(request, result, len(work.todo), refs)
 
 
-def _result(request: ConvertRequest, done: FinishResult, encoded: int, refs: Sequence[EpisodeRef]) -> ConvertResult:
+def _result(
+    request: ConvertRequest, done: FinishResult, encoded: int, refs: Sequence[EpisodeRef]
+) -> ConvertResult:
     return ConvertResult(
         root=request.out,
         episodes=done.episodes,
@@ -251,7 +257,9 @@ def plan_conversion(request: ConvertRequest, progress: Progress) -> ConvertPlan:
         todo_episodes=len(todo),
         todo_frames=sum(ref.frames for ref in todo),
         changed=tuple(ref.source_id for ref in changed),
-        pixels=sum(ref.frames * c.height * c.width for ref in todo for c in map(request.video.size, ref.cameras)),
+        pixels=sum(
+            ref.frames * c.height * c.width for ref in todo for c in map(request.video.size, ref.cameras)
+        ),
         raw_bytes=sum(sizes.values()),
         files=len(_parts(todo, 0, request.part_frames)) * (1 + cameras),
         dropped=tuple(catalog.dropped),
@@ -268,7 +276,8 @@ def _chosen(catalog: Catalog, batches: Sequence[dict[str, Any]], request: Conver
 def episode_key_base(converter: Converter, request: ConvertRequest) -> str:
     """What of an episode's identity is common to the run: name, version, parameters; never a path."""
     return json.dumps(
-        [LAYOUT, converter.name, converter.version, asdict(request.options), request.video.to_json()], sort_keys=True
+        [LAYOUT, converter.name, converter.version, asdict(request.options), request.video.to_json()],
+        sort_keys=True,
     )
 
 
@@ -376,7 +385,9 @@ def _run(
             if kind == "part" or not outcome.killed_workers:
                 raise DataError(f"{kind} {name}: {outcome.message}")
             lost[name] = outcome.message
-            _record_lost(_spool_path(journal, name, part_of[name]), by_id[name], _key(base, name), outcome.message)
+            _record_lost(
+                _spool_path(journal, name, part_of[name]), by_id[name], _key(base, name), outcome.message
+            )
         if kind == "episode":
             facts = {} if isinstance(outcome, Failure) else outcome
             progress.advance(1, facts.get("frames", 0), facts.get("bytes", 0))
@@ -465,7 +476,8 @@ def _one_variant(refs: Sequence[EpisodeRef], request: ConvertRequest) -> list[Ep
         shapes.setdefault(shape, ref.source_id)
     if len(shapes) > 1:
         listed = "\n".join(
-            f"    {', '.join(f'{key} {w}x{h}' for key, h, w in shape)}: {source_id}" for shape, source_id in shapes.items()
+            f"    {', '.join(f'{key} {w}x{h}' for key, h, w in shape)}: {source_id}"
+            for shape, source_id in shapes.items()
         )
         raise DataError(
             f"recordings differ in their pictures, and a dataset has one size a camera\n  found:\n{listed}\n"
@@ -485,7 +497,9 @@ def _nothing_left(request: ConvertRequest, catalog: Catalog) -> DataError:
 
 def _refuse_foreign(out: Path) -> None:
     if (out / "meta").exists() and not (out / "dpipe").exists():
-        raise DataError(f"{out} is a dataset that dpipe did not write; choose another place with --name or --out")
+        raise DataError(
+            f"{out} is a dataset that dpipe did not write; choose another place with --name or --out"
+        )
     if out.exists() and not (out / "dpipe").exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty; choose another place with --name or --out")
 
@@ -556,7 +570,9 @@ class _Lazy:
 
     def heavy(self, tasks: int) -> Executor:
         if self.entered is None:
-            workers = min(self.request.workers, tasks) if self.request.scheduler is None else self.request.workers
+            workers = (
+                min(self.request.workers, tasks) if self.request.scheduler is None else self.request.workers
+            )
             self.entered = open_executor(self.stop, workers, self.request.scheduler)
             self.entered.__enter__()
         return self.entered

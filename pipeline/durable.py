@@ -120,7 +120,8 @@ def exclusive(folder: Path, what: str, stale_s: float = 60.0) -> Iterator[None]:
                 owner = owner or {}
                 raise DataError(
                     f"another run is working on {folder.parent}\n"
-                    f"  found: {owner.get('what', '?')} by process {owner.get('pid', '?')} on {owner.get('host', '?')}\n"
+                    f"  found: {owner.get('what', '?')} by process {owner.get('pid', '?')}"
+                    f" on {owner.get('host', '?')}\n"
                     f"  next: wait for it; if it is gone for good, delete {path}"
                 ) from None
             path.unlink(missing_ok=True)

@@ -54,9 +54,12 @@ def stop_requests(max_time_s: float | None) -> Iterator[StopRequest]:
         return
     names = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     before = {
-        name: signal.signal(name, lambda number, _: request.set(signal.Signals(number).name)) for name in names
+        name: signal.signal(name, lambda number, _: request.set(signal.Signals(number).name))
+        for name in names
     }
-    timer = threading.Timer(max_time_s, request.set, (f"--max-time of {max_time_s:g} s",)) if max_time_s else None
+    timer = (
+        threading.Timer(max_time_s, request.set, (f"--max-time of {max_time_s:g} s",)) if max_time_s else None
+    )
     if timer:
         timer.daemon = True
         timer.start()
@@ -114,7 +117,7 @@ class DaskExecutor(Executor):
         self.client: Any = None
 
     def __enter__(self) -> DaskExecutor:
-        import dask
+        import dask.config
         from distributed import Client, LocalCluster
 
         dask.config.set(

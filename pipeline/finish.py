@@ -32,6 +32,7 @@ from .tables import (
     data_schema,
     info_json,
     part_place,
+    read_columns,
     statistics_type,
     write_parquet,
     write_tasks,
@@ -56,13 +57,16 @@ class FinishResult:
 
 
 def load_receipts(root: Path) -> dict[str, dict[str, Any]]:
-    """What a rerun needs to know of each episode: key, memo, raw_digest, dropped, part. The latest part wins."""
-    import pyarrow.parquet as pq
+    """What a rerun needs to know of each episode, by source_id; the latest part wins.
 
-    columns = ["source_id", "key", "memo", "raw_digest", "dropped", "part"]
+    Plain Python values: this is the path of a rerun with nothing to do, and pyarrow's conversions from Python
+    import pandas.
+    """
+
+    columns = ["source_id", "key", "memo", "raw_digest", "dropped", "remedy", "split", "part"]
     receipts: dict[str, dict[str, Any]] = {}
     for path in _receipt_files(root):
-        table = pq.read_table(path, columns=columns)
+        table = read_columns(path, columns)
         for row in zip(*(table.column(name).to_pylist() for name in columns), strict=True):
             receipts[row[0]] = dict(zip(columns, row, strict=True))
     return receipts
@@ -95,23 +99,24 @@ def finish(
     warnings: Sequence[str],
 ) -> FinishResult:
     """Number the episodes of `order` and put the dataset's tables in place; a no-op when nothing changed."""
-    receipts = _read_receipts(root, embodiment)
-    rows = {source_id: row for row, source_id in enumerate(receipts.column("source_id").to_pylist())}
-    reasons = receipts.column("dropped").to_pylist()
-    kept = [rows[s] for s in order if s in rows and not reasons[rows[s]]]
-    dropped = _all_dropped(receipts, [rows[s] for s in order if s in rows], scan_dropped)
-    state = _state(receipts, kept, dropped, name, source, converter_version, options, video)
+    known = load_receipts(root)
+    dropped = _all_dropped([known[s] for s in order if s in known], scan_dropped)
+    alive = [known[s] for s in order if s in known and not known[s]["dropped"]]
+    state = _state(alive, dropped, name, source, converter_version, options, video)
     manifest_path = root / "dpipe" / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text())
         if manifest.get("state") == state:
             totals = manifest["totals"]
             return FinishResult(totals["episodes"], totals["frames"], totals["bytes"], tuple(dropped), True)
-    if not kept:
+    if not alive:
         listed = "\n".join(f"    {d.source_id}: {d.reason}" for d in dropped[:10])
         raise DataError(f"every episode had to be left out; there is no dataset to write\n  found:\n{listed}")
 
-    episodes = _Episodes(receipts, kept, order, embodiment)
+    receipts = _read_receipts(root)
+    rows = {source_id: row for row, source_id in enumerate(receipts.column("source_id").to_pylist())}
+    kept = [rows[receipt["source_id"]] for receipt in alive]
+    episodes = _Episodes(receipts, kept)
     staging = root / "dpipe" / "staging"
     data = _stage_data(root, episodes, embodiment)
     statistics = _dataset_statistics(data, episodes, embodiment)
@@ -121,8 +126,12 @@ def finish(
     write_tasks(staging / "meta" / "tasks.parquet", tasks)
     write_json(staging / "meta" / "stats.json", statistics)
     _stage_episodes(staging, episodes, embodiment)
-    described = [(camera, _stream_info(episodes.streams[camera.key], video, embodiment.fps)) for camera in cameras]
-    info = info_json(embodiment.features, described, embodiment.robot_type, embodiment.fps, totals, episodes.splits)
+    described = [
+        (camera, _stream_info(episodes.streams[camera.key], video, embodiment.fps)) for camera in cameras
+    ]
+    info = info_json(
+        embodiment.features, described, embodiment.robot_type, embodiment.fps, totals, episodes.splits
+    )
     write_json(staging / "meta" / "info.json", info, indent=4)
     _stage_own_tables(staging, episodes)
     write_file(
@@ -160,9 +169,7 @@ def finish(
 class _Episodes:
     """The kept episodes as columns, numbered: one place for every index that is global."""
 
-    def __init__(
-        self, receipts: pa.Table, kept: Sequence[int], order: Sequence[str], embodiment: Embodiment
-    ) -> None:
+    def __init__(self, receipts: pa.Table, kept: Sequence[int]) -> None:
         self.receipts = receipts
         self.kept = np.asarray(kept, np.int64)
         self.table = receipts.take(kept)
@@ -196,30 +203,34 @@ class _Episodes:
 
     def part_ranges(self) -> list[dict[str, int]]:
         return [
-            {"part": part, "first_episode": block[0], "episodes": len(block), "frames": int(self.frames[block].sum())}
+            {
+                "part": part,
+                "first_episode": block[0],
+                "episodes": len(block),
+                "frames": int(self.frames[block].sum()),
+            }
             for part, block in self.homes()
         ]
 
 
-def _read_receipts(root: Path, embodiment: Embodiment) -> pa.Table:
+def _read_receipts(root: Path) -> pa.Table:
     """All receipts as one table: the latest of each episode, with where its rows lie and their present numbers.
 
     Columns beside those of a part receipt: home (the part its rows belong to), file_part, row_group (where its
     rows are now), staged, at_episode_index / at_index / at_task_index (the numbers written there).
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     homes = _homes(root)
     tables: list[pa.Table] = []
     streams: dict[str, Any] = {}
     finished = root / "dpipe" / "journal" / "receipts.parquet"
     if finished.is_file():
-        table = pq.read_table(finished)
+        table = read_columns(finished)
         streams |= json.loads((table.schema.metadata or {}).get(b"streams", b"{}"))
         tables.append(table.replace_schema_metadata(None))
     for path in sorted((root / "dpipe" / "journal" / "parts").glob("part-*.parquet")):
-        table = pq.read_table(path)
+        table = read_columns(path)
         meta = json.loads(table.schema.metadata[b"dpipe"])
         streams = meta["streams"] | streams
         alive = [not reason for reason in table.column("dropped").to_pylist()]
@@ -333,7 +344,6 @@ def _renumber(table: pa.Table, numbers: tuple[int, int, int]) -> pa.Table:
 
 def _dataset_statistics(files: Sequence[Path], episodes: _Episodes, embodiment: Embodiment) -> dict[str, Any]:
     """meta/stats.json: exact over every row; pictures over their sampled frames."""
-    import pyarrow.parquet as pq
 
     result: dict[str, Any] = {}
     for key in episodes.streams:
@@ -345,7 +355,7 @@ def _dataset_statistics(files: Sequence[Path], episodes: _Episodes, embodiment: 
 
     def chunks(name: str) -> Iterator[NDArray[Any]]:
         for path in files:
-            column = pq.read_table(path, columns=[name]).column(name).combine_chunks()
+            column = read_columns(path, [name]).column(name).combine_chunks()
             flat = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
             yield np.asarray(flat).reshape(len(column), -1)
 
@@ -470,7 +480,9 @@ def _stage_own_tables(staging: Path, episodes: _Episodes) -> None:
         for episode, text in enumerate(episodes.table.column("segments").to_pylist())
         for segment in json.loads(text)
     ]
-    write_parquet(staging / "dpipe" / "segments.parquet", [pa.Table.from_pylist(segments, schema=schema)], schema)
+    write_parquet(
+        staging / "dpipe" / "segments.parquet", [pa.Table.from_pylist(segments, schema=schema)], schema
+    )
 
 
 def _stage_receipts(staging: Path, receipts: pa.Table, episodes: _Episodes, embodiment: Embodiment) -> None:
@@ -498,7 +510,9 @@ def _stage_receipts(staging: Path, receipts: pa.Table, episodes: _Episodes, embo
 def _commit(root: Path, staging: Path) -> None:
     """Name every move in a redo log, then make them; `recover` does the same after a kill."""
     last = ["meta/info.json", "dpipe/manifest.json"]
-    moves = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file() and p.name[0] != ".")
+    moves = sorted(
+        p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file() and p.name[0] != "."
+    )
     moves = [m for m in moves if m not in last and m != "moves.json"] + last
     before = {p.relative_to(root).as_posix() for p in (root / "meta" / "episodes").rglob("*.parquet")}
     stale = sorted(before - set(moves))
@@ -522,26 +536,20 @@ def _apply(root: Path, log: Mapping[str, list[str]]) -> None:
     shutil.rmtree(staging)
 
 
-def _all_dropped(receipts: pa.Table, rows: Sequence[int], scanned: Sequence[Dropped]) -> list[Dropped]:
-    late = []
-    for row in rows:
-        reason = receipts.column("dropped")[row].as_py()
-        if reason:
-            fact = {name: receipts.column(name)[row].as_py() for name in ("source_id", "split", "remedy")}
-            late.append(Dropped(fact["source_id"], (), reason, fact["remedy"], fact["split"]))
+def _all_dropped(receipts: Sequence[Mapping[str, Any]], scanned: Sequence[Dropped]) -> list[Dropped]:
+    late = [
+        Dropped(r["source_id"], (), r["dropped"], r["remedy"], r["split"]) for r in receipts if r["dropped"]
+    ]
     return sorted([*scanned, *late], key=lambda d: (d.split, d.source_id))
 
 
-def _state(receipts: pa.Table, kept: Sequence[int], dropped: Sequence[Dropped], *settings: Any) -> str:
+def _state(alive: Sequence[Mapping[str, Any]], dropped: Sequence[Dropped], *settings: Any) -> str:
     """Digest of everything the tables are made from: equal means there is nothing to do."""
     import xxhash
 
     hasher = xxhash.xxh3_128()
-    source_ids = receipts.column("source_id").to_pylist()
-    digests = receipts.column("raw_digest").to_pylist()
-    parts = receipts.column("part").to_pylist()
-    for row in kept:
-        hasher.update(f"{source_ids[row]}\n{digests[row]}\n{parts[row]}\n".encode())
+    for receipt in alive:
+        hasher.update(f"{receipt['source_id']}\n{receipt['raw_digest']}\n{receipt['part']}\n".encode())
     facts = [d.to_json() for d in dropped]
     plain = [s.to_json() if isinstance(s, VideoOptions) else s for s in settings]
     hasher.update(json.dumps([facts, plain], sort_keys=True, default=str).encode())
@@ -586,7 +594,9 @@ def _embodiment_json(embodiment: Embodiment, variant: str) -> dict[str, Any]:
 
 
 def _payload_files(root: Path, episodes: _Episodes) -> Iterator[Path]:
-    chunks = {DATA_PATH.format(chunk_index=c, file_index=f) for c, f in map(part_place, map(int, episodes.home))}
+    chunks = {
+        DATA_PATH.format(chunk_index=c, file_index=f) for c, f in map(part_place, map(int, episodes.home))
+    }
     for relative in sorted(chunks):
         for path in (root / relative, root / "dpipe" / "staging" / relative):
             if path.is_file():

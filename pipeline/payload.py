@@ -41,7 +41,11 @@ class VideoOptions:
     resize: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"codec": self.codec, "video": self.video, "resize": list(self.resize) if self.resize else None}
+        return {
+            "codec": self.codec,
+            "video": self.video,
+            "resize": list(self.resize) if self.resize else None,
+        }
 
     def size(self, camera: CameraFeature) -> CameraFeature:
         if self.resize is None:
@@ -89,7 +93,10 @@ def encode_episode(job: EpisodeJob) -> dict[str, Any]:
             raise DataError("; ".join(problems))
         arrays, cameras, hashes, histograms = _encode_cameras(episode, job, blobs)
     except DataError as error:
-        receipt |= {"dropped": str(error), "remedy": "copy or record this episode again, then run the same command"}
+        receipt |= {
+            "dropped": str(error),
+            "remedy": "copy or record this episode again, then run the same command",
+        }
         write_spool(job.spool, receipt, {}, {})
         return {"frames": 0, "bytes": 0, "dropped": str(error)}
     receipt["cameras"] = cameras
@@ -140,12 +147,16 @@ def _encode_cameras(
         if len(camera) != episode.frames:
             raise DataError(f"camera '{key}' has {len(camera)} frames, the episode {episode.frames}")
         if isinstance(camera, VideoClip):
-            cameras[key], hashes[key] = _take_clip(key, camera, sizes[key], job, arrays, blobs, histograms[key])
+            cameras[key], hashes[key] = _take_clip(
+                key, camera, sizes[key], job, arrays, blobs, histograms[key]
+            )
     encoders: dict[str, Encoder] = {}
     hashers = {key: _new_hash() for key in sources}
     for key in sources:
         blobs[key] = _blob()
-        encoders[key] = Encoder(PRESETS[job.video.codec], sizes[key].height, sizes[key].width, job.embodiment.fps, blobs[key])
+        encoders[key] = Encoder(
+            PRESETS[job.video.codec], sizes[key].height, sizes[key].width, job.embodiment.fps, blobs[key]
+        )
     counted = set(sampled_frames(episode.frames).tolist())
     if sources:
         for start, stop in _blocks(*sources.values()):
@@ -175,7 +186,7 @@ def _take_clip(
     histogram: FrameHistogram,
 ) -> tuple[dict[str, Any], str]:
     """A camera that is already video: its packets by reference when they may be copied, else transcoded."""
-    from ..video.decode import open_video
+    from ..video.decode import open_video, pixel_format, transcode
     from ..video.encode import PRESETS, Encoder
     from ..video.mp4 import common_entry, copy_problem, read_table
 
@@ -196,26 +207,22 @@ def _take_clip(
     if job.video.video != "transcode" and not problem:
         # Decoding costs a hundred times a copy: a few frames show the camera's colours well enough.
         few = np.unique(counted[np.round(np.linspace(0, len(counted) - 1, 4)).astype(int)])
-        with open_video(clip.path, offset=clip.offset, size=clip.size) as reader:
-            histogram.add(reader.read(few))
+        with open_video(clip.path, "pyav", clip.offset, clip.size) as reader:
+            histogram.add(reader.read(few + clip.first_frame))
         receipt = _camera_receipt(size, common_entry(table.sample_entry), "copied", table.codec)
         receipt |= {"path": str(clip.path.resolve()), "offset": clip.offset, "size": clip.size}
         receipt |= {"first_frame": clip.first_frame, "frames": clip.frames}
+        receipt |= {"pix_fmt": pixel_format(clip.path, clip.offset, clip.size)}
         return receipt, hasher.hexdigest()
     blobs[key] = _blob()
     encoder = Encoder(PRESETS[job.video.codec], size.height, size.width, job.embodiment.fps, blobs[key])
-    at = 0
-    wanted = set(counted.tolist())
-    with open_video(clip.path, offset=clip.offset, size=clip.size) as reader:
-        for block in reader.blocks(MOST_BLOCK, start=clip.first_frame, stop=clip.first_frame + clip.frames):
-            histogram.add(block[[t - at for t in range(at, at + len(block)) if t in wanted]])
-            encoder.write(block)
-            at += len(block)
-    if at != clip.frames:
-        raise DataError(f"camera '{key}': {clip.path.name} decodes to {at} frames of {clip.frames}")
+    for _, picture in transcode(clip, encoder, keep=set(counted.tolist())):
+        histogram.add(picture[None])
     encoded = encoder.finish()
     arrays[f"sizes/{key}"], arrays[f"sync/{key}"] = encoded.sizes, encoded.sync
-    return _camera_receipt(size, encoded.sample_entry, "encoded") | {"transcoded": problem}, hasher.hexdigest()
+    return _camera_receipt(size, encoded.sample_entry, "encoded") | {
+        "transcoded": problem
+    }, hasher.hexdigest()
 
 
 def _camera_receipt(size: CameraFeature, sample_entry: bytes, kind: str, codec: str = "") -> dict[str, Any]:
@@ -300,9 +307,9 @@ def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> 
     temporary = temporary_name(path)
     write_mp4(temporary, bytes.fromhex(first["sample_entry"]), first["width"], first["height"], job.fps, runs)
     commit(temporary, path)
-    return {name: first[name] for name in ("kind", "codec", "height", "width", "sample_entry") if name in first} | {
-        "pix_fmt": first.get("pix_fmt", "yuv420p")
-    }
+    return {
+        name: first[name] for name in ("kind", "codec", "height", "width", "sample_entry") if name in first
+    } | {"pix_fmt": first.get("pix_fmt", "yuv420p")}
 
 
 def _sidecar(spools: Sequence[Spool], features: Sequence[Feature]) -> tuple[list[pa.Table], pa.Schema]:
@@ -364,7 +371,9 @@ def write_part_receipt(
             for name in STATISTICS:
                 row[f"stats/{feature.name}/{name}"] = None if dropped else statistics[feature.name][name]
         for key in job.cameras:
-            row[f"histogram/{key}"] = None if dropped else spool.array(f"histogram/{key}").reshape(-1).tolist()
+            row[f"histogram/{key}"] = (
+                None if dropped else spool.array(f"histogram/{key}").reshape(-1).tolist()
+            )
             row[f"counted/{key}"] = 0 if dropped else int(receipt["cameras"][key]["counted"])
         rows.append(row)
         first_frame += row["frames"]
@@ -376,7 +385,17 @@ def write_part_receipt(
 def receipt_schema(features: Sequence[Feature], cameras: Sequence[str]) -> pa.Schema:
     import pyarrow as pa
 
-    texts = ["source_id", "split", "variant", "instruction", "content", "raw_digest", "key", "memo", "metadata"]
+    texts = [
+        "source_id",
+        "split",
+        "variant",
+        "instruction",
+        "content",
+        "raw_digest",
+        "key",
+        "memo",
+        "metadata",
+    ]
     texts += ["segments", "warnings", "dropped", "remedy"]
     fields = [pa.field(name, pa.string()) for name in texts]
     fields += [pa.field(name, pa.int64()) for name in ("frames", "part", "first_frame")]
@@ -449,7 +468,13 @@ def _raw_digest(episode: Episode, camera_hashes: Mapping[str, str]) -> str:
     """Digest of everything the episode was made of, pixels included."""
     hasher = _new_hash()
     ref = episode.ref
-    facts = [ref.source_id, ref.split, ref.instruction, dict(ref.metadata), [s.to_json() for s in ref.segments]]
+    facts = [
+        ref.source_id,
+        ref.split,
+        ref.instruction,
+        dict(ref.metadata),
+        [s.to_json() for s in ref.segments],
+    ]
     hasher.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name in sorted(episode.columns):
         column = np.ascontiguousarray(episode.columns[name])

@@ -94,7 +94,9 @@ def read_spool(path: Path) -> Spool:
             file.seek(size - 16 - length)
             footer = json.loads(file.read(length))
     except (OSError, ValueError) as error:
-        raise DataError(f"spool file {path} is torn: {error}; delete it and run the same command again") from error
+        raise DataError(
+            f"spool file {path} is torn: {error}; delete it and run the same command again"
+        ) from error
     sections = {
         name: Section(s["offset"], s["size"], s.get("dtype", ""), tuple(s.get("shape", ())))
         for name, s in footer["sections"].items()

@@ -103,6 +103,14 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> 
     commit(temporary, path)
 
 
+def read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file's columns. Not `pq.read_table`, which imports pandas (1 s) for partitioned folders."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read(list(columns) if columns is not None else None)
+
+
 def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     """meta/tasks.parquet: row i is task_index i, the sentence is the pandas index (lerobot reads it by position).
 
@@ -111,7 +119,13 @@ def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     """
     import pyarrow as pa
 
-    string = {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    string = {
+        "name": "task",
+        "field_name": "task",
+        "pandas_type": "unicode",
+        "numpy_type": "object",
+        "metadata": None,
+    }
     number = {
         "name": "task_index",
         "field_name": "task_index",
@@ -137,7 +151,9 @@ def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     schema = pa.schema(
         [("task_index", pa.int64()), ("task", pa.string())], metadata={"pandas": json.dumps(pandas)}
     )
-    table = pa.table([pa.array(range(len(tasks)), pa.int64()), pa.array(list(tasks), pa.string())], schema=schema)
+    table = pa.table(
+        [pa.array(range(len(tasks)), pa.int64()), pa.array(list(tasks), pa.string())], schema=schema
+    )
     write_parquet(path, [table], schema)
 
 

@@ -1,10 +1,10 @@
 """A workspace: the folder in which the three commands find everything without further words.
 
-    raw/<source>/        recordings as published      [sources.<source>] raw = "..." in dpipe.toml
-    lerobot/<name>/      converted datasets           zarr/<name>.zarr likewise
-    targets/<name>/      targets of datasets that are not ours or cannot be written to
-    runs/<recipe>/<name>/
-    dpipe.toml           optional
+raw/<source>/        recordings as published      [sources.<source>] raw = "..." in dpipe.toml
+lerobot/<name>/      converted datasets           zarr/<name>.zarr likewise
+targets/<name>/      targets of datasets that are not ours or cannot be written to
+runs/<recipe>/<name>/
+dpipe.toml           optional
 """
 
 from __future__ import annotations

@@ -60,7 +60,10 @@ def write_raw(path: Path, demos: dict[int, dict[str, np.ndarray]], regenerated: 
             data.attrs["macros_image_convention"] = "opengl"
             data.attrs["num_demos"] = len(demos)
             data.attrs["total"] = sum(len(d["actions"]) for d in demos.values())
-            problem = {"problem_name": "libero_tabletop_manipulation", "language_instruction": "put red in tray"}
+            problem = {
+                "problem_name": "libero_tabletop_manipulation",
+                "language_instruction": "put red in tray",
+            }
             data.attrs["problem_info"] = json.dumps(problem)
         for number, arrays in demos.items():
             group = data.create_group(f"demo_{number}")
@@ -75,7 +78,9 @@ def write_raw(path: Path, demos: dict[int, dict[str, np.ndarray]], regenerated: 
     return path
 
 
-def write_suite(raw: Path, demos: int = 3, steps: int = 12, suite: str = "libero_goal", side: int = 32) -> Path:
+def write_suite(
+    raw: Path, demos: int = 3, steps: int = 12, suite: str = "libero_goal", side: int = 32
+) -> Path:
     """A raw folder with one sound task file."""
     arrays = {i: demo_arrays(steps + i, seed=i, side=side) for i in range(demos)}
     return write_raw(raw / suite / f"{GOAL_TASK}_demo.hdf5", arrays)

@@ -44,11 +44,15 @@ def test_as_stored_pairing_keeps_the_rows_of_the_file(tmp_path: Path):
     (ref,) = scan_all(tmp_path, options)
     episode = read(ref, options)
     assert episode.columns["action"][:, 0].tolist() == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
-    assert episode.columns["observation.state"][:, 0].tolist() == pytest.approx([0.10, 0.11, 0.12, 0.13, 0.14])
+    assert episode.columns["observation.state"][:, 0].tolist() == pytest.approx(
+        [0.10, 0.11, 0.12, 0.13, 0.14]
+    )
 
 
 def test_regenerated_files_are_already_causal(tmp_path: Path):
-    write_raw(tmp_path / "libero_goal" / "a_demo.hdf5", {0: demo_arrays(5), 3: demo_arrays(6, 1)}, regenerated=True)
+    write_raw(
+        tmp_path / "libero_goal" / "a_demo.hdf5", {0: demo_arrays(5), 3: demo_arrays(6, 1)}, regenerated=True
+    )
     refs = scan_all(tmp_path)
     assert [ref.source_id for ref in refs] == ["libero_goal/a_demo/demo_0", "libero_goal/a_demo/demo_3"]
     assert [ref.frames for ref in refs] == [5, 6] and refs[0].metadata["kind"] == "regenerated"
@@ -95,7 +99,9 @@ def test_pictures_are_turned_as_asked(tmp_path: Path, rotation: str, index):
 
 def test_files_turned_by_any4lerobot_come_out_alike(tmp_path: Path):
     arrays = demo_arrays(4)
-    upright = dict(arrays) | {n: arrays[n][:, ::-1, ::-1] for n in ("obs/agentview_rgb", "obs/eye_in_hand_rgb")}
+    upright = dict(arrays) | {
+        n: arrays[n][:, ::-1, ::-1] for n in ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
+    }
     write_raw(tmp_path / "a" / "libero_goal" / "t_demo.hdf5", {0: arrays}, regenerated=True)
     write_raw(tmp_path / "b" / "libero_goal" / "t_demo.hdf5", {0: upright}, regenerated=True)
     frames = []

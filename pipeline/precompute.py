@@ -1,0 +1,685 @@
+"""Run stages over a dataset: targets made part by part, resumed by the same command, bound by content.
+
+    <targets>/<stage>/<variant>/
+        prepared.json, prepared/*.npy   settled once: normaliser, scales, what they were fitted on
+        <array>/part-00000-<key>/       Zarr v3 arrays, one per dataset part (`streams/arrays.py`)
+        parts/part-00000-<key>.json     receipt: the part is done, with its episodes' contents and row counts
+        report.json, *.png
+        episodes.parquet                content -> part, start row and rows, for every episode
+        contract.json                   last: its presence means complete
+
+<targets> is <dataset>/dpipe/targets for datasets of ours, else a folder of the workspace. A part's key covers
+stage, version, parameters, what was prepared, and the contents of its episodes: a part with a receipt is not
+done again, and an episode whose content an older part holds is copied from it, so that adding one episode
+computes one episode. Dataset part k and target part k hold the same episodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..schemas.contract import ArraySpec, Contract, canonical_json, plain
+from ..schemas.errors import DataError, UsageError
+from ..stages import (
+    DatasetInfo,
+    EpisodeView,
+    Prepared,
+    Run,
+    Stage,
+    build_params,
+    default_of,
+    load_stage,
+)
+from ..streams.arrays import ArrayWriter, open_array, write_group
+from ..streams.dataset import Dataset, contents_digest, open_dataset
+from .durable import exclusive, remove_temporaries, require_space, temporary_name, write_file, write_json
+from .execute import Failure, open_executor, stop_requests
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TARGETS = Path("dpipe") / "targets"
+PREFETCHED_BLOCKS = 2
+NEAR_FRAMES = 8  # frames further apart than this are decoded one by one rather than read through
+
+
+@dataclass(frozen=True)
+class TargetMade:
+    """What one stage did to one dataset."""
+
+    stage: str
+    variant: str
+    folder: Path
+    episodes: int
+    frames: int
+    bytes: int
+    computed_episodes: int
+    copied_episodes: int
+    kept_parts: int
+    report: Mapping[str, Any]
+
+
+# --- the dataset as stages see it ---------------------------------------------------------------------------
+
+
+@dataclass
+class DiskDataset:
+    """A `DatasetView` over an opened dataset."""
+
+    dataset: Dataset
+    info: DatasetInfo = field(init=False)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.info = dataset_info(self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def episode(self, position: int) -> DiskEpisode:
+        return DiskEpisode(self, position)
+
+
+def dataset_info(dataset: Dataset) -> DatasetInfo:
+    embodiment = (dataset.manifest or {}).get("embodiment") or {}
+    conventions = (dataset.manifest or {}).get("conventions") or embodiment.get("conventions") or {}
+    return DatasetInfo(
+        name=dataset.name,
+        fps=dataset.fps,
+        episodes=len(dataset),
+        frames=dataset.total_frames,
+        features=dataset.features,
+        cameras={camera: dataset.camera_size(camera) for camera in dataset.cameras},
+        conventions=conventions,
+    )
+
+
+@dataclass
+class DiskEpisode:
+    """An `EpisodeView`: columns on demand, frames decoded one block ahead in a thread of their own."""
+
+    owner: DiskDataset
+    index: int
+
+    @property
+    def frames(self) -> int:
+        return int(self.owner.dataset.episodes.length[self.index])
+
+    @property
+    def text(self) -> str:
+        tasks = self.owner.dataset.episodes.tasks(self.index)
+        return tasks[0] if tasks else ""
+
+    def columns(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        found = self.owner.dataset.columns(names, self.index)
+        return {name: values.reshape(len(values), -1) for name, values in found.items()}
+
+    def images(self, camera: str, rows: NDArray[np.int64], block: int) -> Iterator[NDArray[np.uint8]]:
+        blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
+        ready: queue.Queue[Any] = queue.Queue(PREFETCHED_BLOCKS)
+        abandoned = threading.Event()
+
+        def decode() -> None:
+            try:
+                for wanted in blocks:
+                    self._put(ready, self._decode(camera, wanted), abandoned)
+                    if abandoned.is_set():
+                        return
+                self._put(ready, None, abandoned)
+            except BaseException as error:  # noqa: BLE001 - raised again where the block was waited for
+                self._put(ready, error, abandoned)
+
+        thread = threading.Thread(target=decode, daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            abandoned.set()
+            thread.join()
+
+    @staticmethod
+    def _put(ready: queue.Queue[Any], item: Any, abandoned: threading.Event) -> None:
+        while not abandoned.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _decode(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        # One decoder per file is kept open by the dataset: two cameras take turns.
+        with self.owner.lock:
+            read = self.owner.dataset.frames
+            if len(rows) > 1 and np.diff(rows).max() > NEAR_FRAMES:
+                return np.concatenate([read(self.index, camera, int(t), int(t) + 1) for t in rows])
+            first = int(rows[0])
+            frames = read(self.index, camera, first, int(rows[-1]) + 1)
+            return frames if len(frames) == len(rows) else frames[rows - first]
+
+
+# --- one target ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """Everything a worker needs to make one part of one target: paths, names and small values."""
+
+    root: Path
+    folder: Path
+    stage: str
+    params: Any
+    part: int
+    key: str
+    episodes: tuple[int, ...]
+    contents: tuple[str, ...]
+    source: str
+    """Digest of the whole dataset: a worker that has an older one open opens it again."""
+    copies: Mapping[str, Mapping[str, tuple[str, int, int]]]
+    """content -> array -> (folder, start row, rows) in an older part of the same target."""
+    level: int | None = None
+
+
+def precompute(
+    dataset_root: Path,
+    stages: Sequence[str],
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+    workers: int = 0,
+    out: Path | None = None,
+    events: Progress | None = None,
+    *,
+    name: str = "",
+    refit: bool = False,
+    scheduler: str | None = None,
+    max_time_s: float | None = None,
+    compress: int | None = None,
+) -> list[TargetMade]:
+    """Make the targets of `stages` for one dataset; what is already done is not done again.
+
+    `params` holds options by stage; `out` is the targets folder where the dataset's own cannot be used;
+    `name` overrides the variant's name (one stage only); `refit` settles normalisers and scales anew from
+    today's episodes, which makes every part anew; `compress` is a zstd level.
+    """
+    events = events or Progress(quiet=True)
+    if name and len(stages) != 1:
+        raise UsageError("--name names one target\n  Give one stage.")
+    dataset = open_dataset(dataset_root)
+    if not len(dataset):
+        raise DataError(f"{dataset_root} has no episodes\n  There is nothing to precompute from.")
+    base = out or own_targets(dataset)
+    made = []
+    for stage_name in stages:
+        stage = load_stage(stage_name)
+        chosen = build_params(stage, (params or {}).get(stage_name, {}))
+        run = _TargetRun(dataset, stage, chosen, base, name, refit, compress, events)
+        made.append(run.make(workers, scheduler, max_time_s))
+    return made
+
+
+def own_targets(dataset: Dataset) -> Path:
+    """<dataset>/dpipe/targets, where dpipe wrote the dataset and may still write into it."""
+    folder = dataset.root / TARGETS
+    if dataset.manifest is None or not os.access(dataset.root / "dpipe", os.W_OK):
+        why = "was not written by dpipe" if dataset.manifest is None else "cannot be written to"
+        raise UsageError(f"{dataset.root} {why}: its targets need another folder\n  Give one with --out.")
+    return folder
+
+
+@dataclass
+class _TargetRun:
+    dataset: Dataset
+    stage: Stage
+    params: Any
+    base: Path
+    name: str
+    refit: bool
+    compress: int | None
+    events: Progress
+
+    def __post_init__(self) -> None:
+        self.view = DiskDataset(self.dataset)
+        self.variant = self.name or self.stage.variant(self.params, self.view.info)
+        self.folder = self.base / self.stage.name / self.variant
+        self.contents = self.dataset.contents()
+        self.terms = {
+            "stage": self.stage.name,
+            "version": self.stage.version,
+            "params": plain(asdict(self.params)),
+        }
+
+    def make(self, workers: int, scheduler: str | None, max_time_s: float | None) -> TargetMade:
+        self._refuse_other_terms()
+        with exclusive(self.folder, f"dpipe precompute {self.stage.name}"):
+            remove_temporaries(self.folder)
+            _remove_half_arrays(self.folder)
+            prepared = self._prepare()
+            specs = self.stage.makes(self.params, self.view.info, prepared)
+            jobs = self._jobs(prepared)
+            wanted = {job.key: job for job in jobs}
+            waiting = [job for job in jobs if not self._is_done(job, specs)]
+            require_space(self.folder, self._bytes(specs, waiting), f"dpipe precompute {self.stage.name}")
+            copies = self._copies(prepared, specs)
+            counts = {"computed": 0, "copied": 0}
+            self._announce(waiting, jobs)
+            write_group(self.folder, {"dpipe": "target"})
+            for spec in specs:
+                write_group(self.folder / spec.name, {})
+            if self.stage.uses_model(self.params) and scheduler is None:
+                workers = 0  # the model has every thread; decoding runs beside it
+            with (
+                stop_requests(max_time_s) as stop,
+                open_executor(stop, workers if len(waiting) > 1 else 0, scheduler) as executor,
+            ):
+                for job in waiting:
+                    mine = {c: copies[c] for c in job.contents if c in copies}
+                    executor.submit(job.key, make_part, _with_copies(job, mine, self.compress))
+                for key, result in executor.results():
+                    if isinstance(result, Failure):
+                        raise _failed(self.stage.name, wanted[key], result)
+                    counts["computed"] += result["computed"]
+                    counts["copied"] += result["copied"]
+                    frames = sum(entry["frames"] for entry in result["receipt"]["episodes"])
+                    self.events.advance(len(result["receipt"]["episodes"]), frames, result["bytes"])
+            self.events.end()
+            contract = self._finish(prepared, specs, jobs)
+        return TargetMade(
+            self.stage.name,
+            self.variant,
+            self.folder,
+            len(self.dataset),
+            self.dataset.total_frames,
+            contract["bytes"],
+            counts["computed"],
+            counts["copied"],
+            len(jobs) - len(waiting),
+            _read_json(self.folder / "report.json") if (self.folder / "report.json").is_file() else {},
+        )
+
+    def _refuse_other_terms(self) -> None:
+        """A target of this name made with other options stays what it is."""
+        path = self.folder / "prepared.json"
+        if not path.is_file():
+            return
+        found = _read_json(path)["terms"]
+        if found == self.terms:
+            return
+        if found["version"] != self.terms["version"]:
+            differs = [f"version of the stage: {found['version']} there, {self.terms['version']} now"]
+        else:
+            differs = [
+                f"--{option.replace('_', '-')}: {json.dumps(found['params'].get(option))} there, "
+                f"{json.dumps(self.terms['params'].get(option))} now"
+                for option in sorted({*found["params"], *self.terms["params"]})
+                if found["params"].get(option) != self.terms["params"].get(option)
+            ]
+        raise UsageError(
+            f"target {self.stage.name}/{self.variant} exists with other options\n  "
+            + "\n  ".join(differs)
+            + f"\n  Give the new one a name of its own (--name NEW), or delete {self.folder}"
+        )
+
+    def _prepare(self) -> Prepared:
+        path = self.folder / "prepared.json"
+        if path.is_file() and not self.refit:
+            saved = _read_json(path)
+            if set(saved["fitted_on"]) & set(self.contents):
+                return _load_prepared(self.folder, saved)
+        prepared = self.stage.prepare(self.params, self.view)
+        (self.folder / "prepared").mkdir(parents=True, exist_ok=True)
+        for name, values in sorted(prepared.arrays.items()):
+            temporary = temporary_name(self.folder / "prepared" / f"{name}.npy")
+            with open(temporary, "wb") as file:
+                np.save(file, values)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.folder / "prepared" / f"{name}.npy")
+        write_json(
+            path,
+            {
+                "terms": self.terms,
+                "facts": plain(prepared.facts),
+                "arrays": sorted(prepared.arrays),
+                "contract": plain(prepared.contract),
+                "fitted_on": self.contents,
+            },
+        )
+        return _load_prepared(self.folder, _read_json(path))
+
+    def _jobs(self, prepared: Prepared) -> list[PartJob]:
+        settled, source = prepared_digest(prepared), contents_digest(self.contents)
+        jobs = []
+        for part, episodes in enumerate(self.dataset.parts()):
+            contents = tuple(self.contents[e] for e in episodes)
+            lengths = [int(self.dataset.episodes.length[e]) for e in episodes]
+            text = canonical_json([self.terms, settled, contents, lengths, self.compress])
+            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            jobs.append(
+                PartJob(
+                    self.dataset.root,
+                    self.folder,
+                    self.stage.name,
+                    self.params,
+                    part,
+                    key,
+                    tuple(episodes),
+                    contents,
+                    source,
+                    {},
+                )
+            )
+        return jobs
+
+    def _copies(
+        self, prepared: Prepared, specs: Sequence[ArraySpec]
+    ) -> dict[str, dict[str, tuple[str, int, int]]]:
+        """content -> array -> where its rows lie in the target as it stands, if it was made on the same terms."""
+        path = self.folder / "contract.json"
+        if not path.is_file() or _read_json(path)["prepared"] != prepared_digest(prepared):
+            return {}
+        index = read_index(self.folder)
+        found: dict[str, dict[str, tuple[str, int, int]]] = {}
+        for i, content in enumerate(index.get("content", [])):
+            part = f"part-{index['part'][i]:05d}-{index['key'][i]}"
+            found[content] = {
+                spec.name: (
+                    f"{spec.name}/{part}",
+                    index[f"{spec.axis}_start"][i],
+                    index[f"{spec.axis}_rows"][i],
+                )
+                for spec in specs
+            }
+        return found
+
+    def _is_done(self, job: PartJob, specs: Sequence[ArraySpec]) -> bool:
+        if not receipt_path(job).is_file():
+            return False
+        return all(
+            (array_path(self.folder, spec, job.part, job.key) / "zarr.json").is_file() for spec in specs
+        )
+
+    def _bytes(self, specs: Sequence[ArraySpec], jobs: Sequence[PartJob]) -> int:
+        lengths = self.dataset.episodes.length
+        return sum(
+            spec.rows(int(lengths[e])) * spec.row_bytes
+            for job in jobs
+            for e in job.episodes
+            for spec in specs
+        )
+
+    def _announce(self, waiting: Sequence[PartJob], jobs: Sequence[PartJob]) -> None:
+        if len(waiting) < len(jobs):
+            self.events.say(f"{self.stage.name}: {len(jobs) - len(waiting)} of {len(jobs)} parts are done")
+        self.events.begin(
+            f"precompute {self.stage.name}", sum(len(job.episodes) for job in waiting), "episodes"
+        )
+
+    def _finish(
+        self, prepared: Prepared, specs: Sequence[ArraySpec], jobs: Sequence[PartJob]
+    ) -> dict[str, Any]:
+        receipts = [_read_json(receipt_path(job)) for job in jobs]
+        index = _index_rows(jobs, receipts, specs)
+        contract = Contract(
+            stage=self.stage.name,
+            variant=self.variant,
+            stage_version=self.stage.version,
+            source=contents_digest(self.contents),
+            fps=self.dataset.fps,
+            params=self.terms["params"],
+            **prepared.contract,
+        )
+        done = {
+            "dpipe": 1,
+            "contract": contract.to_json(),
+            "arrays": [spec.to_json() for spec in specs],
+            "prepared": prepared_digest(prepared),
+            "dataset": self.dataset.name,
+            "episodes": len(self.dataset),
+            "frames": self.dataset.total_frames,
+            "bytes": sum(receipt["bytes"] for receipt in receipts),
+            "parts": [
+                {"part": job.part, "key": job.key, "rows": receipt["rows"]}
+                for job, receipt in zip(jobs, receipts, strict=True)
+            ],
+        }
+        path = self.folder / "contract.json"
+        if (
+            path.is_file()
+            and _read_json(path) == plain(done)
+            and (self.folder / "episodes.parquet").is_file()
+        ):
+            return done
+        if self.stage.report is not None:
+            self.events.say(f"{self.stage.name}: making its report")
+            reader = _DiskReader(self.folder, index)
+            facts = self.stage.report(self.params, self.view, prepared, reader, self.folder)
+            write_json(self.folder / "report.json", plain(facts))
+        _write_index(self.folder / "episodes.parquet", index)
+        write_json(path, plain(done))
+        _remove_unused(self.folder, specs, jobs)
+        return done
+
+
+def make_part(job: PartJob) -> dict[str, Any]:
+    """Make one part: every array, then its receipt. Runs in a worker; leaves nothing half-named behind."""
+    view, stage, run, specs = _opened(job)
+    paths = {spec.name: array_path(job.folder, spec, job.part, job.key) for spec in specs}
+    writers = {spec.name: ArrayWriter(paths[spec.name], spec, job.level) for spec in specs}
+    episodes: list[dict[str, Any]] = []
+    computed = 0
+    try:
+        for position, content in zip(job.episodes, job.contents, strict=True):
+            episode = view.episode(position)
+            before = {name: writer.rows for name, writer in writers.items()}
+            if content in job.copies:
+                for name, (place, start, rows) in job.copies[content].items():
+                    old = open_array(job.folder / place)
+                    for first in range(start, start + rows, 4096):
+                        writers[name].append(np.asarray(old[first : min(first + 4096, start + rows)]))
+            else:
+                computed += 1
+                for block in run(episode):
+                    for name, rows in block.items():
+                        writers[name].append(rows)
+            counts = {spec.axis: writers[spec.name].rows - before[spec.name] for spec in specs}
+            _check_rows(stage, specs, writers, before, counts, episode)
+            episodes.append({"content": content, "frames": episode.frames, "rows": counts})
+        rows = {spec.axis: writers[spec.name].rows for spec in specs}
+        for spec in specs:
+            if paths[spec.name].exists():  # left by a run that was killed before its receipt
+                shutil.rmtree(paths[spec.name])
+            writers[spec.name].close()
+    except BaseException:
+        for writer in writers.values():
+            writer.abort()
+        raise
+    size = sum(spec.row_bytes * rows[spec.axis] for spec in specs)
+    receipt = {"part": job.part, "key": job.key, "rows": rows, "bytes": size, "episodes": episodes}
+    write_json(receipt_path(job), receipt, indent=None)
+    return {"receipt": receipt, "computed": computed, "copied": len(episodes) - computed, "bytes": size}
+
+
+def _check_rows(
+    stage: Stage,
+    specs: Sequence[ArraySpec],
+    writers: Mapping[str, ArrayWriter],
+    before: Mapping[str, int],
+    counts: Mapping[str, int],
+    episode: EpisodeView,
+) -> None:
+    """Arrays of one axis have the same rows, and as many as their spec says: else frames and targets part."""
+    for spec in specs:
+        rows = writers[spec.name].rows - before[spec.name]
+        expected = spec.rows(episode.frames) if spec.every else counts[spec.axis]
+        if rows != expected:
+            raise AssertionError(
+                f"stage {stage.name} made {rows} rows of {spec.name} for episode {episode.index} "
+                f"of {episode.frames} frames, not {expected}"
+            )
+
+
+_OPEN: dict[str, tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...]]] = {}
+
+
+def _opened(job: PartJob) -> tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...]]:
+    """The dataset and the stage's model, opened once per worker and target."""
+    saved = _read_json(job.folder / "prepared.json")
+    name = canonical_json([str(job.root), str(job.folder), job.source, saved])
+    if name not in _OPEN:
+        _OPEN.clear()
+        stage = load_stage(job.stage)
+        view = DiskDataset(open_dataset(job.root))
+        prepared = _load_prepared(job.folder, saved)
+        run = stage.open(job.params, view.info, prepared)
+        _OPEN[name] = (view, stage, run, stage.makes(job.params, view.info, prepared))
+    return _OPEN[name]
+
+
+def _with_copies(job: PartJob, copies: Mapping[str, Any], level: int | None) -> PartJob:
+    return PartJob(**{**job.__dict__, "copies": copies, "level": level})
+
+
+def _failed(stage: str, job: PartJob, failure: Failure) -> Exception:
+    if failure.error is not None:
+        return failure.error if isinstance(failure.error, Exception) else RuntimeError(failure.message)
+    return DataError(
+        f"precompute {stage}: part {job.part} (episodes {job.episodes[0]} to {job.episodes[-1]}) failed\n"
+        f"  {failure.message}\n  Finished parts are kept: run the same command again once it is mended."
+    )
+
+
+# --- files of a target --------------------------------------------------------------------------------------
+
+
+def array_path(folder: Path, spec: ArraySpec, part: int, key: str) -> Path:
+    return folder / spec.name / f"part-{part:05d}-{key}"
+
+
+def receipt_path(job: PartJob) -> Path:
+    return job.folder / "parts" / f"part-{job.part:05d}-{job.key}.json"
+
+
+def prepared_digest(prepared: Prepared) -> str:
+    digest = hashlib.sha256(canonical_json([prepared.facts, prepared.contract]).encode())
+    for name, values in sorted(prepared.arrays.items()):
+        digest.update(name.encode())
+        digest.update(str(values.dtype).encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _load_prepared(folder: Path, saved: Mapping[str, Any]) -> Prepared:
+    arrays = {name: np.load(folder / "prepared" / f"{name}.npy") for name in saved["arrays"]}
+    return Prepared(saved["facts"], arrays, saved["contract"])
+
+
+def _index_rows(
+    jobs: Sequence[PartJob], receipts: Sequence[Mapping[str, Any]], specs: Sequence[ArraySpec]
+) -> dict[str, list[Any]]:
+    """The columns of episodes.parquet: one row per episode, start and rows along every axis."""
+    axes = sorted({spec.axis for spec in specs} | {"frame"})
+    names = ["content", "episode_index", "part", "key", "frames"]
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    columns |= {f"{axis}_{what}": [] for axis in axes for what in ("start", "rows")}
+    for job, receipt in zip(jobs, receipts, strict=True):
+        at = dict.fromkeys(axes, 0)
+        for position, entry in zip(job.episodes, receipt["episodes"], strict=True):
+            columns["content"].append(entry["content"])
+            columns["episode_index"].append(position)
+            columns["part"].append(job.part)
+            columns["key"].append(job.key)
+            columns["frames"].append(entry["frames"])
+            for axis in axes:
+                rows = entry["rows"].get(axis, entry["frames"])
+                columns[f"{axis}_start"].append(at[axis])
+                columns[f"{axis}_rows"].append(rows)
+                at[axis] += rows
+    return columns
+
+
+def _write_index(path: Path, columns: Mapping[str, list[Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), sink, compression="zstd")
+    write_file(path, sink.getvalue().to_pybytes())
+
+
+def read_index(folder: Path) -> dict[str, list[Any]]:
+    """A finished target's index by column; {} where there is none yet."""
+    path = folder / "episodes.parquet"
+    if not path.is_file():
+        return {}
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read().to_pydict()
+
+
+@dataclass
+class _DiskReader:
+    """A `TargetReader` over the arrays as the index places them."""
+
+    folder: Path
+    index: Mapping[str, list[Any]]
+
+    def read(self, position: int, array: str) -> NDArray[Any]:
+        place = self.folder / array / f"part-{self.index['part'][position]:05d}-{self.index['key'][position]}"
+        axis = _read_json(place / "zarr.json")["dimension_names"][0]
+        start, rows = self.index[f"{axis}_start"][position], self.index[f"{axis}_rows"][position]
+        return open_array(place)[start : start + rows]
+
+
+def _remove_unused(folder: Path, specs: Sequence[ArraySpec], jobs: Sequence[PartJob]) -> None:
+    """Delete parts no index names any more: the older form of parts that were made anew."""
+    keep = {f"part-{job.part:05d}-{job.key}" for job in jobs}
+    for spec in specs:
+        for path in sorted((folder / spec.name).glob("part-*")):
+            if path.name not in keep:
+                shutil.rmtree(path)
+    for path in sorted((folder / "parts").glob("part-*.json")):
+        if path.stem not in keep:
+            path.unlink()
+
+
+def _remove_half_arrays(folder: Path) -> None:
+    for path in sorted(folder.glob("*/.part-*.tmp")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+# --- what there is to make ----------------------------------------------------------------------------------
+
+
+def stage_options(stage: Stage) -> list[tuple[str, type, Any, str]]:
+    """(option, type, default, help) of a stage, for the command line."""
+    from dataclasses import fields
+
+    return [
+        (
+            f"--{entry.name.replace('_', '-')}",
+            type(default_of(entry)),
+            default_of(entry),
+            entry.metadata["help"],
+        )
+        for entry in fields(stage.Params)
+    ]
