@@ -75,8 +75,8 @@ def short_camera(name: str) -> str:
 class EpisodeView(Protocol):
     """One episode while a stage works on it. Rows and frames are local to it, 0 .. frames - 1."""
 
-    @property
-    def index(self) -> int: ...
+    index: int
+    """Its place in the dataset."""
 
     @property
     def frames(self) -> int: ...
@@ -101,8 +101,7 @@ class EpisodeView(Protocol):
 class DatasetView(Protocol):
     """The episodes a stage works on, in order. Reading columns never decodes a frame."""
 
-    @property
-    def info(self) -> DatasetInfo: ...
+    info: DatasetInfo
 
     def __len__(self) -> int: ...
 
