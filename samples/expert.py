@@ -25,10 +25,14 @@ from .tabletop import (
 
 ACTION_LIMIT = 0.9375  # the largest value seen in LIBERO's position actions
 ROTATION_LIMIT = 0.375  # and in its rotation actions
+CRUISE = 0.7  # along the table: about 1 cm per step
 HOVER_M = 0.085  # grip site above the grasp while looking for the mark
 CARRY_M = 0.085  # of the grip site above the grasp: the object clears its neighbours
 RETREAT_M = 0.075
-PLACE_M = 0.012  # an object is let go this far above the container
+PLACE_M = 0.014  # an object is let go this far above the container
+# The hand aims this far below the height where it closes or opens, and so passes it at speed: a policy that
+# imitates a motion which only creeps up on its mark stops short of it and never acts.
+THROUGH_M = 0.012
 ALIGNED_M = 0.006
 LEAN_RAD = 0.15
 FUNNEL_M = 0.030  # the hand comes down within this distance of its mark
@@ -75,6 +79,7 @@ class Expert:
         self._grip = grip
         rotation = seen.scene.hand_rot
         action[:3] = self._gain * (goal_pos - seen.ee_pos) / POSITION_SCALE_M
+        action[:2] = np.clip(action[:2], -CRUISE, CRUISE)
         action[3:6] = rotvec_between(rotation, goal_rot) / ROTATION_SCALE_RAD
         # An Ornstein-Uhlenbeck wander that dies out near the mark, so that aim is never spoilt.
         self._sway = 0.8 * self._sway + 0.6 * self._sway_size * self._rng.standard_normal(6)
@@ -110,10 +115,10 @@ class Expert:
             away = float(np.hypot(*(body[:2] - hand[:2])))
             above = float(hand[2] - grasp_z)
             closing = finger < FINGER_OPEN_M - 1e-6 and self._grip > 0
-            if (away < ALIGNED_M and abs(above) < 0.004) or (closing and away < 0.02):
+            if (away < ALIGNED_M and abs(above) < 0.006) or (closing and away < 0.02):
                 return np.array([*body[:2], grasp_z]), grasp_rot, 1.0, "grasp"
             drop = min(1.0, max(0.0, (away - ALIGNED_M) / FUNNEL_M))
-            goal = np.array([*body[:2], grasp_z + drop * (HOVER_M + self._height)])
+            goal = np.array([*body[:2], grasp_z - THROUGH_M + drop * (HOVER_M + THROUGH_M + self._height)])
             return goal, grasp_rot, -1.0, "approach" if drop > 0.3 else "descend"
 
         # Held: the object, not the hand, is what must come above the container.
@@ -121,11 +126,11 @@ class Expert:
         away = float(np.hypot(*to_mark))
         lifted = min(1.0, max(0.0, (float(hand[2]) - grasp_z - 0.015) / (CARRY_M - 0.035)))
         drop = min(1.0, max(0.0, (away - 2 * ALIGNED_M) / FUNNEL_M))
-        if away < 0.02 and float(hand[2]) < grasp_z + PLACE_M + 0.006:
+        if away < 0.02 and float(hand[2]) < grasp_z + PLACE_M:
             return np.array([*hand[:2], hand[2]]), scene.hand_rot, -1.0, "release"
         goal = np.empty(3)
         goal[:2] = hand[:2] + (mark[:2] - offset - hand[:2]) * (lifted if drop > 0.3 else 1.0)
-        goal[2] = grasp_z + PLACE_M + drop * (CARRY_M + self._height - PLACE_M)
+        goal[2] = grasp_z - THROUGH_M + drop * (CARRY_M + THROUGH_M + self._height)
         # The hand leans into its way, as a person's would; upright again over the container.
         lean = LEAN_RAD * lifted * min(1.0, away / 0.1) / max(away, 1e-9)
         turn = rotvec_to_matrix(np.array([-to_mark[1] * lean, to_mark[0] * lean, 0.0]))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..schemas.errors import UsageError
-from .motion import Motion, is_no_op, record, seeds_by_task
+from .motion import Motion, is_no_op, record, seeds_by_task, write_seeds
 from .panda import Array
 from .tabletop import BASE_POSITION, FPS, TABLE_Z, Observation, Tabletop, Task
 
@@ -33,7 +33,6 @@ SUITES = {
     "tray": ("libero_goal", "", "Libero_Tabletop_Manipulation"),
     "plate": ("libero_10", "KITCHEN_SCENE10_", "Libero_Kitchen_Tabletop_Manipulation"),
 }
-SEEDS_FILE = "tabletop.json"
 REGENERATED_SIZE = 256
 
 
@@ -76,11 +75,12 @@ def write(
         kept = writer(path, motions, name, suite, bddl_content)
         for i, (motion_seed, frames, success, state) in enumerate(kept):
             if frames:
-                source = f"{suite}/{path.name}/demo_{i}"
-                seeds[source] = {
+                seeds[f"{suite}/{path.stem}/demo_{i}"] = {
                     "seed": motion_seed,
                     "objects": objects,
                     "frames": frames,
+                    # A released file's first observation follows the first action.
+                    "start_s": 0.0 if regenerated else 1 / FPS,
                     "success": success,
                 }
             if regenerated:
@@ -89,7 +89,7 @@ def write(
         paths.append(path)
     for suite, tasks_json in outcomes.items():
         _write_json(raw / f"{suite}_metainfo.json", tasks_json)
-    _write_json(raw / SEEDS_FILE, {"fps": FPS, "episodes": seeds})
+    write_seeds(raw, FPS, np.eye(4), seeds)
     return paths
 
 

@@ -5,17 +5,23 @@ hand is where the joints put it. Two formats of different rates therefore agree 
 fall on the same moment (every 0.1 s for 20 and 30 Hz).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .expert import Expert
-from .panda import Array
-from .tabletop import Observation, Tabletop, Task
+from .panda import Array, link_frames, rotvec_between, rotvec_to_matrix
+from .render import Scene
+from .tabletop import BASE_POSITION, FPS, GOALS, Observation, Tabletop, Task
 
 SETTLE_STEPS = 5  # LIBERO cuts the first five steps of every teleoperation, so no recording starts at 0 s
+SEEDS_FILE = "tabletop.json"
 HOLD_OPEN = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 
 
@@ -35,13 +41,55 @@ class Motion:
     def instruction(self) -> str:
         return self.task.instruction
 
+    @property
+    def segments(self) -> "tuple[Stretch, ...]":
+        """The two halves of the task, sharing their border: the object is taken, then brought and left."""
+        body = self.task.bodies[self.task.target]
+        taken = self.phases.index("carry") if "carry" in self.phases else len(self.phases)
+        return (
+            Stretch(0, taken, f"pick up the {body.colour} {body.shape}", "Pick"),
+            Stretch(taken, len(self.phases), GOALS[self.task.container], "Place"),
+        )
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps [start, stop) of a motion at the simulator's rate, with words of its own."""
+
+    start: int
+    stop: int
+    text: str
+    skill: str
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A motion seen at another rate: F moments from the first, `time_s` = index / fps."""
+
+    fps: int
+    joint_pos: Array  # [F, 7] rad
+    ee_pos: Array  # [F, 3] m, tabletop world
+    ee_rot: Array  # [F, 3, 3]
+    finger: Array  # [F] m from the middle to each pad
+    command: Array  # [F] the gripper command last given: -1 open, +1 close
+    scenes: tuple[Scene, ...]
+
+    def __len__(self) -> int:
+        return len(self.finger)
+
+
+def start(table: Tabletop, seed: int) -> Observation:
+    """Bring a table to the first moment of the seed's motion: reset, then the steps that no format keeps."""
+    seen = table.reset(seed)
+    for _ in range(SETTLE_STEPS):
+        seen = table.step(HOLD_OPEN)
+    return seen
+
 
 def record(seed: int, objects: int = 3, image_size: int = 128, clumsy: bool = False) -> Motion:
     """The expert's episode of a seed. A `clumsy` one lets go of the object on its way and so fails."""
     table = Tabletop(objects, image_size)
-    seen = [table.reset(seed)]
-    for _ in range(SETTLE_STEPS):
-        seen = [table.step(HOLD_OPEN)]
+    seen = [start(table, seed)]
     expert = Expert(table, seed)
     states, actions, phases = [table.state()], [], []
     while True:
@@ -57,6 +105,72 @@ def record(seed: int, objects: int = 3, image_size: int = 128, clumsy: bool = Fa
     return Motion(
         seed, table.task, table.success, np.array(states), tuple(seen), np.array(actions), tuple(phases)
     )
+
+
+def resample(motion: Motion, fps: int) -> Frames:
+    """The motion at `fps`, from its first moment to the last frame that lies within it.
+
+    Positions in the simulator's samples are exact fractions, so that a frame which falls on a sample is that
+    sample to the bit.
+    """
+    last = len(motion.actions)
+    joints, fingers, commands, scenes = [], [], [], []
+    positions, rotations = [], []
+    for k in range(last * fps // FPS + 1):
+        at = Fraction(k * FPS, fps)
+        i = min(int(at), last)
+        share = float(at - i)
+        now, then = motion.seen[i], motion.seen[min(i + 1, last)]
+        scene = _between(now, then, share) if share else now.scene
+        joints.append(now.joint_pos + share * (then.joint_pos - now.joint_pos))
+        fingers.append(scene.finger)
+        given = i if share else i - 1  # the command of a step is given at its start, in force after it
+        commands.append(motion.actions[given, 6] if given >= 0 else HOLD_OPEN[6])
+        scenes.append(scene)
+        positions.append(scene.hand_pos)
+        rotations.append(scene.hand_rot)
+    return Frames(
+        fps,
+        np.array(joints),
+        np.array(positions),
+        np.array(rotations),
+        np.array(fingers),
+        np.array(commands),
+        tuple(scenes),
+    )
+
+
+def _between(now: Observation, then: Observation, share: float) -> Scene:
+    """The scene part of the way from one sample to the next; the hand is where the joints put it."""
+    a, b = now.scene, then.scene
+    links = link_frames(now.joint_pos + share * (then.joint_pos - now.joint_pos))
+    turned = [
+        rotvec_to_matrix(share * rotvec_between(old, new)) @ old
+        for old, new in zip(a.object_rot, b.object_rot, strict=True)
+    ]
+    return replace(
+        a,
+        object_pos=a.object_pos + share * (b.object_pos - a.object_pos),
+        object_rot=np.array(turned),
+        hand_pos=links[7, :3, 3] + BASE_POSITION,
+        hand_rot=links[7, :3, :3],
+        finger=a.finger + share * (b.finger - a.finger),
+        elbow_pos=links[3, :3, 3] + BASE_POSITION,
+        wrist_pos=links[5, :3, 3] + BASE_POSITION,
+    )
+
+
+def write_seeds(
+    raw: Path, fps: int, world_from_tabletop: Array, episodes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """`tabletop.json` beside the recordings: what the simulator needs to restore each episode's scene.
+
+    Per episode the seed, the number of objects, its frames and `start_s`, the time of its first frame in the
+    motion; `world_from_tabletop` [4, 4] takes the tabletop's coordinates to the format's own.
+    """
+    content = {"fps": fps, "world_from_tabletop": world_from_tabletop.tolist(), "episodes": episodes}
+    raw.mkdir(parents=True, exist_ok=True)
+    (raw / SEEDS_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def seeds_by_task(

@@ -110,7 +110,7 @@ def test_observations_are_recorded_after_the_action_and_states_before(released):
     seeds = json.loads((raw / "tabletop.json").read_text())["episodes"]
     with h5py.File(paths[0]) as file:
         demo = file["data/demo_0"]
-        source = f"{paths[0].parent.name}/{paths[0].name}/demo_0"
+        source = f"{paths[0].parent.name}/{paths[0].stem}/demo_0"
         table = Tabletop()
         table.reset(seeds[source]["seed"])
         for t in (0, 11, 30):
@@ -145,7 +145,7 @@ def test_proprioception_is_redundant_as_upstream_has_it(released):
 def test_stored_pictures_are_upside_down(released):
     raw, paths = released
     seeds = json.loads((raw / "tabletop.json").read_text())["episodes"]
-    source = f"{paths[0].parent.name}/{paths[0].name}/demo_0"
+    source = f"{paths[0].parent.name}/{paths[0].stem}/demo_0"
     motion = record(seeds[source]["seed"])
     with h5py.File(paths[0]) as file:
         stored = file["data/demo_0/obs/agentview_rgb"][5]

@@ -226,7 +226,7 @@ def test_expert_succeeds_with_smooth_commands_within_liberos_limits():
         assert set(actions[:, 6]) == {-1.0, 1.0}
         assert np.count_nonzero(np.diff(actions[:, 6])) == 2  # one grasp, one release
         lengths.append(len(actions))
-    assert min(lengths) >= 50 and max(lengths) <= 120
+    assert min(lengths) >= 45 and max(lengths) <= 120
 
 
 def test_demonstrations_hold_no_ops_and_succeed_without_them():
