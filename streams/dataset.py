@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from numpy.typing import NDArray
+
+    from ..video.decode import VideoReader
 
 CONTENT_COLUMNS = ("action", "observation.state")
 FOREIGN_PART_FRAMES = 16_384
@@ -113,11 +115,15 @@ class Dataset:
     episodes: Episodes
     splits: dict[str, tuple[int, int]]
     _tables: OrderedDict[Path, pq.ParquetFile] = field(default_factory=OrderedDict, repr=False)
-    _videos: OrderedDict[Path, Any] = field(default_factory=OrderedDict, repr=False)
+    _videos: OrderedDict[Any, Any] = field(default_factory=OrderedDict, repr=False)
     _contents: list[str] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tables": OrderedDict(), "_videos": OrderedDict()}
+
+    def reopened(self) -> Dataset:
+        """The same dataset with open files of its own, for another thread; metadata is shared."""
+        return replace(self, _tables=OrderedDict(), _videos=OrderedDict())
 
     # --- what there is ---------------------------------------------------------------------------------
 
@@ -282,16 +288,19 @@ class Dataset:
             return np.zeros((0, *self.camera_size(camera), 3), np.uint8)
         if self.features[camera]["dtype"] == "image":
             return self._images(episode, camera, start, stop)
+        first = int(self.episodes.cameras[camera].first_frame[episode])
+        return self.video(episode, camera).read(slice(first + start, first + stop))
+
+    def video(self, episode: int, camera: str, resize: tuple[int, int] | None = None) -> VideoReader:
+        """The open video an episode lies in, kept for the next call; `resize` is (height, width)."""
         from ..video.decode import open_video
 
-        first = int(self.episodes.cameras[camera].first_frame[episode])
         path = self.video_path(episode, camera)
         if not path.is_file():
             raise DataError(
                 f"no video {path}\n  expected: camera {camera} of episode {episode}\n  Restore the file."
             )
-        video = _kept(self._videos, path, lambda: open_video(path))
-        return video.read(slice(first + start, first + stop))
+        return _kept(self._videos, (path, resize), lambda: open_video(path, resize=resize))
 
     def video_path(self, episode: int, camera: str) -> Path:
         template = (
@@ -307,16 +316,9 @@ class Dataset:
         first = int(self.episodes.first_row[episode])
         table = self._read_rows(self.data_path(episode), range(first + start, first + stop), [camera])
         frames = []
-        images: list[Any] = table.column(camera).to_pylist()
-        for t, image in enumerate(images, start):
+        for t, image in enumerate(table.column(camera).to_pylist(), start):
             where = f"{self.data_path(episode)}: episode {episode}, frame {t}, {camera}"
-            encoded = image if isinstance(image, bytes) else (image or {}).get("bytes")
-            if encoded is None:
-                path = self.root / ((image or {}).get("path") or "(no path given)")
-                if not path.is_file():
-                    raise DataError(f"{where}\n  expected: bytes, or the file {path}")
-                encoded = path.read_bytes()
-            frames.append(decode_image(encoded, where))
+            frames.append(decode_image(_encoded(image, self.root, where), where))
         return np.stack(frames)
 
     # --- content ---------------------------------------------------------------------------------------
@@ -387,6 +389,19 @@ def contents_digest(contents: Iterable[str]) -> str:
     import xxhash
 
     return xxhash.xxh3_128(b"".join(bytes.fromhex(content) for content in contents)).hexdigest()
+
+
+def _encoded(image: Any, root: Path, where: str) -> bytes:
+    """The bytes of an image cell: plain, or {"bytes", "path"} with either of the two."""
+    if isinstance(image, bytes):
+        return image
+    given = image or {}
+    if given.get("bytes"):
+        return given["bytes"]
+    path = root / (given.get("path") or "")
+    if not path.is_file():
+        raise DataError(f"{where}: no image\n  expected: bytes, or the file {path}")
+    return path.read_bytes()
 
 
 def decode_image(encoded: bytes, where: str) -> NDArray[np.uint8]:
@@ -626,15 +641,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- small parts --------------------------------------------------------------------------------------------
 
 
-def _kept(cache: OrderedDict[Path, Any], path: Path, make: Any) -> Any:
-    """`cache[path]`, made when absent; the least recently used is closed beyond OPEN_FILES."""
-    if path in cache:
-        cache.move_to_end(path)
-        return cache[path]
-    cache[path] = make()
+def _kept(cache: OrderedDict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """`cache[key]`, made when absent; the least recently used is closed beyond OPEN_FILES."""
+    if key in cache:
+        cache.move_to_end(key)
+        return cache[key]
+    cache[key] = make()
     if len(cache) > OPEN_FILES:
         cache.popitem(last=False)[1].close()
-    return cache[path]
+    return cache[key]
 
 
 def _runs(chosen: NDArray[np.int64], episodes: Episodes) -> list[range]:

@@ -1,0 +1,608 @@
+"""The stream a trainer reads: declared once, exact, resumable, the same on any number of ranks and workers.
+
+    spec = StreamSpec(chunks={"action": 10})
+    stream = open_stream(root, spec, batch_size=64, seed=0)
+    for batch in stream:                                  # one epoch; the next `for` is the next epoch
+        batch["observation.state"]                        # [B, D]
+        batch["observation.images.image"]                 # [B, H, W, 3] uint8
+        batch["action"], batch["action_is_pad"]           # [B, 10, A], [B, 10]
+        batch["task"]                                     # list of B strings
+        batch["index"], batch["episode_index"], batch["frame_index"], batch["position"]   # [B]
+
+Order      position p of an epoch is dealt to rank p mod world; batch k of a rank holds its positions in turn.
+           Which sample stands at p is a function of (seed, epoch, number of samples): `streams/order.py`.
+Last batch of an epoch, when n is no multiple of batch_size * world
+    short  every sample once: the rest is dealt in turn, so ranks differ by at most one sample, and a rank
+           that gets none ends one batch early                                        (default)
+    drop   the rest is left out of this epoch; all ranks make the same number of full batches
+    carry  the batch goes on into the next epoch: full batches for ever, each sample once per epoch; only for
+           `endless()`, whose default it is
+Resume     `state_dict()` is a few numbers. Loaded on another number of ranks or another batch size, the stream
+           goes on with exactly the samples that were left.
+
+Legend   B samples, F frames observed, H steps of a chunk, D dimensions, n samples of an epoch
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schemas.chunks import dimension_kinds, pad_actions, relative_to_start
+from ..schemas.errors import DataError, UsageError, unknown_name
+from ..schemas.normalisers import Normaliser
+from .dataset import Dataset, open_dataset
+from .health import Health
+from .order import Order, Shuffle
+from .rows import DatasetRows, Fit, RowReader
+from .windows import Places, Samples
+
+Batch = dict[str, Any]
+
+LAST = ("short", "drop", "carry")
+ACTION_MODES = ("stored", "delta", "relative")
+FRAME_SOURCES = ("auto", "jpeg", "video", "none")
+KEEP_DECODED = 256 * 2**20
+ORDER_BLOCK = 4096  # positions whose samples are computed at once
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a sample holds. Frames are counted from the sample's own, t; negative offsets are the past.
+
+    columns   vectors observed at t, or at t + `offsets`
+    cameras   cameras observed at the same frames; None: all of them
+    offsets   (0,) gives [B, D] and [B, H, W, 3]; anything else [B, F, D] and [B, F, H, W, 3] in the order given,
+              with `<name>_is_pad` [B, F]
+    at        offsets of single columns or cameras, where they differ
+    chunks    columns gathered over steps t + chunk_start + h: horizon by name; [B, H, D], `<name>_is_pad` [B, H]
+    actions   how the chunks of `action_columns` are expressed: "stored"; "delta": each step from the one before
+              it, the first from `reference` at t; "relative": from `reference` at t. Grippers stay as they are.
+              Both need absolute actions.
+    padding   what padded steps of action chunks hold: "still", 0 in dimensions that say how far to move and the
+              last value elsewhere; "repeat", the last value everywhere, as lerobot has it
+    normalise by column; applied last, gives float32
+    size, fit what frames are fitted to (see `Fit`); None: as stored
+    tail      the last frames of an episode that begin no sample
+    torch     tensors instead of numpy arrays (they share memory)
+    """
+
+    columns: tuple[str, ...] = ("observation.state",)
+    cameras: tuple[str, ...] | None = None
+    offsets: tuple[int, ...] = (0,)
+    at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    chunks: Mapping[str, int] = field(default_factory=lambda: {"action": 10})
+    chunk_start: int = 0
+    actions: str = "stored"
+    action_columns: tuple[str, ...] = ("action",)
+    reference: str = "observation.state"
+    padding: str = "still"
+    normalise: Mapping[str, Normaliser] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    fit: str = "stretch"
+    tail: int = 0
+    torch: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known, value in (
+            ("expression of actions", ACTION_MODES, self.actions),
+            ("fit", ("stretch", "pad", "crop"), self.fit),
+            ("padding", ("still", "repeat"), self.padding),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        for name, horizon in self.chunks.items():
+            if horizon < 1:
+                raise UsageError(f"a chunk of '{name}' has at least one step, not {horizon}")
+        for name, offsets in {"offsets": self.offsets, **self.at}.items():
+            if not offsets or len(set(offsets)) != len(offsets):
+                raise UsageError(f"{name}: frames to observe must be given, each once; found {offsets}")
+        twice = set(self.columns) & set(self.chunks)
+        if twice:
+            raise UsageError(f"'{min(twice)}' is both a column and a chunk: one name holds one array")
+
+    def offsets_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self.at.get(name, self.offsets))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an epoch stands: `done` positions were consumed when batches of this shape began, `step` since."""
+
+    epoch: int = 0
+    done: int = 0
+    step: int = 0
+
+
+class Stream:
+    """An epoch of batches at a time; see the module text. Make one with `open_stream`.
+
+    Not for sharing between threads. It pickles, so DataLoader workers may have copies.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        spec: StreamSpec,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        shuffle: Shuffle,
+        last: str,
+        threads: int,
+    ):
+        if batch_size < 1 or world < 1 or not 0 <= rank < world:
+            raise UsageError(
+                f"batch size {batch_size}, rank {rank} of {world}: expected 1 or more, rank below world"
+            )
+        if last not in LAST:
+            raise unknown_name("rule for the last batch", last, LAST)
+        self.source, self.spec = source, spec
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.shuffle, self.last, self.threads = shuffle, last, threads
+        self.health = Health()
+        self._place = Place()
+        self._turn = 0  # batches of all workers since iteration began, up to the last one handed over
+        self._orders: dict[int, Order] = {}
+        self._block: tuple[int, int, NDArray[np.int64]] = (-1, 0, np.zeros(0, np.int64))
+
+    # --- size and place --------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch, over all ranks."""
+        return len(self.source.samples)
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.world
+
+    def __len__(self) -> int:
+        """Batches this rank has left in the current epoch."""
+        left = self.samples - self._place.done - self._place.step * self.global_batch
+        full, rest = divmod(left, self.global_batch)
+        uneven = {"short": rest > self.rank, "drop": False, "carry": rest > 0}[self.last]
+        return full + uneven
+
+    @property
+    def epoch(self) -> int:
+        return self._place.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin `epoch` from its start, unless it is the current one."""
+        if epoch != self._place.epoch:
+            self._place = Place(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, between batches: a few numbers, the same on every rank."""
+        return self._state(self._place)
+
+    def _state(self, place: Place) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "samples": self.samples,
+            "seed": self.seed,
+            "shuffle": [self.shuffle.kind, self.shuffle.block, self.shuffle.pool],
+            "epoch": place.epoch,
+            "done": place.done,
+            "step": place.step,
+            "batch_size": self.batch_size,
+            "world": self.world,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken, also with another batch size or number of ranks."""
+        mine = self._state(self._place)
+        wrong = [
+            f"{name}: expected {mine[name]}, found {state.get(name)}"
+            for name in ("version", "samples", "seed", "shuffle")
+            if state.get(name) != mine[name]
+        ]
+        if wrong:
+            raise DataError(
+                "this state belongs to another stream:\n  "
+                + "\n  ".join(wrong)
+                + "\n  Open the stream with the same data, seed and shuffle, or start a new run."
+            )
+        place = Place(int(state["epoch"]), int(state["done"]), int(state["step"]))
+        if (state["batch_size"], state["world"]) != (self.batch_size, self.world):
+            done = place.done + place.step * int(state["batch_size"]) * int(state["world"])
+            place = Place(place.epoch, done)
+        self._place = place
+
+    def state_after(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a stream whose last batch was `batch`, whichever process made it.
+
+        With DataLoader workers the main process has only the batches; `batch["position"]` tells the rest.
+        """
+        first = int(batch["position"][0]) - self.rank
+        epoch, done = divmod(first, self.samples)
+        return self._state(self._settled(Place(epoch, done + self.global_batch)))
+
+    def _settled(self, place: Place) -> Place:
+        """A place at or beyond the epoch's end, as one in the next epoch."""
+        consumed = place.done + place.step * self.global_batch
+        if self.last == "carry":
+            while consumed >= self.samples:
+                consumed -= self.samples
+                place = Place(place.epoch + 1, consumed)
+            return place
+        left = self.samples - consumed
+        over = left <= 0 if self.last == "short" else left < self.global_batch
+        return Place(place.epoch + 1) if over else place
+
+    # --- batches ---------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of this epoch; when it is used up, the stream stands at the start of the next."""
+        epoch = self._place.epoch
+        if self.last == "carry":
+            raise UsageError("batches that carry over have no end of an epoch: iterate over endless()")
+        return self._run(lambda place: place.epoch == epoch)
+
+    def endless(self) -> Endless:
+        """Batches for ever: `next()`, `state_dict()`, `load_state_dict()`. Every batch is full (rule "carry")
+        unless the stream was opened with `last="drop"`."""
+        stream = self if self.last == "drop" else self._with(last="carry")
+        return Endless(stream)
+
+    def _with(self, **changes: Any) -> Stream:
+        names = ("source", "spec", "batch_size", "seed", "rank", "world", "shuffle", "last", "threads")
+        other = Stream(**{name: changes.get(name, getattr(self, name)) for name in names})
+        other._place, other.health = self._place, self.health
+        return other
+
+    def map_style(self) -> MapView:
+        """The same samples by number, for trainers that bring their own sampler."""
+        return MapView(self.source, self.spec, self.health)
+
+    def _run(
+        self, goes_on: Callable[[Place], bool], worker: int = 0, workers: int = 1, turn: int = 0
+    ) -> Iterator[Batch]:
+        """Batches in order while `goes_on(place)`; of several workers, this one makes every `workers`-th.
+
+        Batches are made ahead of the consumer, a thread each; the stream's place moves when one is handed over.
+        """
+        make_in_threads = self.threads > 1
+        ahead = self.threads + 1 if make_in_threads else 1
+        waiting: deque[tuple[Place, int, Future[Batch | None] | None]] = deque()
+        place, pool = self._settled(self._place), None
+        try:
+            if make_in_threads:
+                pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dpipe-stream")
+            while True:
+                while goes_on(place) and len(waiting) < ahead:
+                    if turn % workers == worker:
+                        positions = self.positions(place)
+                        made = pool.submit(self._make, positions) if pool else None
+                        waiting.append((place, turn + 1, made))
+                    place = self._settled(replace(place, step=place.step + 1))
+                    turn += 1
+                if not waiting:
+                    break
+                here, next_turn, made = waiting.popleft()
+                with self.health.timing("wait"):
+                    batch = made.result() if made else self._make(self.positions(here))
+                self._place = self._settled(replace(here, step=here.step + 1))
+                self._turn = next_turn
+                if batch is not None:
+                    yield batch
+            self._place = place
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def positions(self, place: Place) -> NDArray[np.int64]:
+        """Absolute positions (epoch * n + p) of this rank's batch at a place, [B] or fewer at an epoch's end."""
+        first = place.done + place.step * self.global_batch
+        found = first + self.rank + self.world * np.arange(self.batch_size, dtype=np.int64)
+        if self.last == "short":
+            found = found[found < self.samples]
+        return place.epoch * self.samples + found
+
+    def samples_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample numbers at absolute positions."""
+        result = np.empty_like(positions)
+        epochs = positions // self.samples
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            result[here] = self._ordered(int(epoch), positions[here] - epoch * self.samples)
+        return result
+
+    def _ordered(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The order at some positions; computed in blocks, since few numbers cost as much as thousands."""
+        block_epoch, start, block = self._block
+        if block_epoch != epoch or positions.min() < start or positions.max() >= start + len(block):
+            order = self._orders.get(epoch)
+            if order is None:
+                order = self.shuffle.of_epoch(self.seed, epoch, self.samples)
+                self._orders = {epoch: order}
+            start = int(positions.min())
+            stop = min(self.samples, max(start + ORDER_BLOCK, int(positions.max()) + 1))
+            block = order(np.arange(start, stop, dtype=np.int64))
+            self._block = (epoch, start, block)
+        return block[positions - start]
+
+    def _make(self, positions: NDArray[np.int64]) -> Batch | None:
+        if not len(positions):
+            return None
+        batch = self.source.read(self.samples_at(positions), self.spec, self.health)
+        batch["position"] = positions
+        self.health.count(samples=len(positions), batches=1)
+        return to_torch(batch) if self.spec.torch else batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_orders": {}, "_block": (-1, 0, np.zeros(0, np.int64))}
+
+
+class Endless:
+    """Batches of one epoch after another, for ever."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Endless:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            if self.stream.last == "drop" and self.stream.samples < self.stream.global_batch:
+                raise UsageError(
+                    f"{self.stream.samples} samples do not fill one batch of {self.stream.global_batch}\n"
+                    "  Choose a smaller batch, or another rule for the last one."
+                )
+            self._batches = self.stream._run(lambda place: True)
+        return next(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._batches = None
+        self.stream.load_state_dict(state)
+
+    def close(self) -> None:
+        """Stop making batches ahead."""
+        if self._batches is not None:
+            self._batches.close()  # type: ignore[attr-defined] - it is a generator
+            self._batches = None
+
+    @property
+    def health(self) -> Health:
+        return self.stream.health
+
+
+class MapView:
+    """The samples of a stream by number: a map-style dataset, in dataset order, without batch dimension.
+
+    `__getitems__` reads a list of samples in one go; torch's DataLoader calls it by itself.
+    """
+
+    def __init__(self, source: Source, spec: StreamSpec, health: Health | None = None):
+        self.source, self.spec = source, spec
+        self.health = health or Health()
+
+    def __len__(self) -> int:
+        return len(self.source.samples)
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        if not -len(self) <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        return self.__getitems__([sample % len(self)])[0]
+
+    def __getitems__(self, samples: list[int]) -> list[dict[str, Any]]:
+        batch = self.source.read(np.asarray(samples, np.int64), self.spec, self.health)
+        if self.spec.torch:
+            batch = to_torch(batch)
+        return [{name: value[i] for name, value in batch.items()} for i in range(len(samples))]
+
+
+class Source:
+    """One dataset as samples: where rows are read from, and what its names mean."""
+
+    def __init__(self, dataset: Dataset, rows: RowReader, samples: Samples, spec: StreamSpec):
+        self.dataset, self.rows, self.samples = dataset, rows, samples
+        self.cameras = rows.cameras() if spec.cameras is None else spec.cameras
+        self._check(spec)
+
+    def _check(self, spec: StreamSpec) -> None:
+        columns = self.rows.columns()
+        needed = [*spec.columns, *spec.chunks, *spec.normalise]
+        if spec.actions != "stored":
+            needed.append(spec.reference)
+        for name in needed:
+            if name not in columns:
+                raise unknown_name(f"column of {self.dataset.root}", name, columns)
+        for camera in self.cameras:
+            if camera not in self.rows.cameras():
+                raise unknown_name(f"camera of {self.dataset.root}", camera, self.rows.cameras())
+        for name in spec.at:
+            if name not in (*spec.columns, *self.cameras):
+                raise unknown_name("column or camera observed", name, [*spec.columns, *self.cameras])
+        for name in spec.action_columns:
+            if spec.actions != "stored" and name in spec.chunks and self._moves(name):
+                raise UsageError(
+                    f"'{name}' of {self.dataset.name} is relative as stored; {spec.actions} ones are made from "
+                    "absolute actions\n  Leave the actions as stored."
+                )
+
+    def _moves(self, column: str) -> bool:
+        """Whether a stored column says how far to move rather than where to."""
+        conventions = (self.dataset.manifest or {}).get("conventions", {})
+        told = str(conventions.get(column, "")) + " ".join(self.dataset.names(column))
+        return "delta" in told or "relative" in told
+
+    def _kinds(self, column: str) -> tuple[str, ...]:
+        names = self.dataset.names(column)
+        dim = int(np.prod(self.dataset.features[column]["shape"]))
+        return dimension_kinds(names if len(names) == dim else [""] * dim, delta=self._moves(column))
+
+    def read(self, samples: NDArray[np.int64], spec: StreamSpec, health: Health) -> Batch:
+        """The samples asked for, as a batch."""
+        places = self.samples.locate(samples)
+        batch: Batch = {}
+        for name in spec.columns:
+            offsets = spec.offsets_of(name)
+            rows, is_pad = places.rows_at(offsets)
+            values = self.rows.values([name], rows)[name]
+            self._observed(batch, name, offsets, values, is_pad)
+        for name, horizon in spec.chunks.items():
+            rows, is_pad = places.rows_at(np.arange(horizon) + spec.chunk_start)
+            values = self.rows.values([name], rows)[name]
+            if name in spec.action_columns:
+                values = self._actions(name, values, is_pad, places, spec)
+            batch[name], batch[f"{name}_is_pad"] = values, is_pad
+        for camera in self.cameras:
+            offsets = spec.offsets_of(camera)
+            rows, is_pad = places.rows_at(offsets)
+            frames = self._frames(camera, rows, spec, health)
+            self._observed(batch, camera, offsets, frames, is_pad)
+        for name, normaliser in spec.normalise.items():
+            if name in batch:
+                batch[name] = normaliser.normalise(batch[name]).astype(np.float32)
+        self._identify(batch, places)
+        return batch
+
+    @staticmethod
+    def _observed(
+        batch: Batch, name: str, offsets: tuple[int, ...], values: NDArray[Any], is_pad: NDArray[np.bool_]
+    ) -> None:
+        if offsets == (0,):
+            batch[name] = values[:, 0]
+        else:
+            batch[name], batch[f"{name}_is_pad"] = values, is_pad
+
+    def _actions(
+        self, name: str, chunks: NDArray[Any], is_pad: NDArray[np.bool_], places: Places, spec: StreamSpec
+    ) -> NDArray[Any]:
+        """Chunks [B, H, A] in the expression the spec asks for."""
+        kinds = self._kinds(name)
+        if spec.padding == "still":
+            chunks = pad_actions(chunks, is_pad, kinds)
+        if spec.actions == "stored":
+            return chunks
+        states = self.rows.values([spec.reference], places.row)[spec.reference]
+        state = states[:, paired_dims(self.dataset.names(name), self.dataset.names(spec.reference), kinds)]
+        if spec.actions == "relative":
+            return relative_to_start(chunks, state, kinds).astype(chunks.dtype)
+        before = np.concatenate([state[:, None], chunks[:, :-1]], axis=1)
+        moved = np.array([kind == "absolute" for kind in kinds])
+        return np.where(moved, chunks - before, chunks).astype(chunks.dtype)
+
+    def _frames(
+        self, camera: str, rows: NDArray[np.int64], spec: StreamSpec, health: Health
+    ) -> NDArray[np.uint8]:
+        """[B, F] rows -> [B, F, H, W, 3]; a row that padding repeats is decoded once."""
+        height, width = spec.size or self.rows.size(camera)
+        flat = rows.reshape(-1)
+        wanted, where = np.unique(flat, return_inverse=True)
+        if len(wanted) == len(flat):
+            out = np.empty((len(flat), height, width, 3), np.uint8)
+            self.rows.frames(camera, flat, out, health)
+        else:
+            once = np.empty((len(wanted), height, width, 3), np.uint8)
+            self.rows.frames(camera, wanted, once, health)
+            out = once[where]
+        return out.reshape(*rows.shape, height, width, 3)
+
+    def _identify(self, batch: Batch, places: Places) -> None:
+        batch["index"] = places.row
+        batch["episode_index"] = places.episode
+        batch["frame_index"] = places.frame
+        if "task_index" in self.rows.columns():
+            numbers = self.rows.values(["task_index"], places.row)["task_index"]
+            batch["task"] = [self.dataset.tasks[number] for number in numbers.tolist()]
+
+
+def paired_dims(action_names: Sequence[str], state_names: Sequence[str], kinds: Sequence[str]) -> list[int]:
+    """The state dimension each action dimension is measured from: of the same name, else at the same place.
+
+    Grippers are measured from nothing; any place will do for them.
+    """
+    moving = [name for name, kind in zip(action_names, kinds, strict=True) if kind == "absolute"]
+    if moving and all(name in state_names for name in moving):
+        return [state_names.index(name) if name in state_names else 0 for name in action_names]
+    if len(kinds) > len(state_names) > 0:
+        raise UsageError(
+            f"no state to measure actions from: {len(kinds)} action dimensions, {len(state_names)} of the state\n"
+            f"  found names: {', '.join(action_names)} and {', '.join(state_names)}"
+        )
+    return list(range(len(kinds)))
+
+
+def to_torch(batch: Batch) -> Batch:
+    """Arrays to tensors, in place where their memory allows writing."""
+    import torch
+
+    return {
+        name: torch.from_numpy(value if value.flags.writeable else value.copy())
+        if isinstance(value, np.ndarray)
+        else value
+        for name, value in batch.items()
+    }
+
+
+# --- opening ------------------------------------------------------------------------------------------------
+
+
+def open_stream(
+    dataset: Path | Dataset,
+    spec: StreamSpec | None = None,
+    split: str = "train",
+    batch_size: int = 64,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    shuffle: str | Shuffle = "global",
+    last: str = "short",
+    frames: str = "auto",
+    shards: Path | str | None = None,
+    episodes: NDArray[np.int64] | None = None,
+    threads: int | None = None,
+    keep: int = KEEP_DECODED,
+) -> Stream:
+    """Open a dataset as a stream of batches.
+
+    `frames` says where pictures come from: "jpeg" (shards), "video" (the dataset's own), "none", or "auto":
+    shards where there are complete ones of this dataset, else the videos. `shards` names a variant or a folder.
+    `episodes` replaces `split` by a list. `threads` make batches ahead (default: the cores this process may
+    use); `keep` bytes of decoded frames stay in memory where a whole small dataset fits in them.
+    """
+    spec = spec or StreamSpec()
+    opened = dataset if isinstance(dataset, Dataset) else open_dataset(Path(dataset))
+    if frames not in FRAME_SOURCES:
+        raise unknown_name("source of frames", frames, FRAME_SOURCES)
+    if frames == "none":
+        spec = replace(spec, cameras=())
+    chosen = np.asarray(opened.episodes_in(split) if episodes is None else episodes, np.int64)
+    lengths, first = opened.episodes.length[chosen], opened.episodes.first_index[chosen]
+    samples = Samples.of(chosen, first, lengths, spec.tail)
+    rows = DatasetRows(opened, Fit(spec.size, spec.fit), keep)
+    return Stream(
+        Source(opened, rows, samples, spec),
+        spec,
+        batch_size,
+        seed,
+        rank,
+        world,
+        shuffle if isinstance(shuffle, Shuffle) else Shuffle(shuffle),
+        last,
+        cores() if threads is None else threads,
+    )
+
+
+def cores() -> int:
+    """Cores this process may use, at most 8: beyond that one process's interpreter is the limit."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, available)
