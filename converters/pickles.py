@@ -10,6 +10,7 @@ Source  numpy/lib/format.py (npy 1.0 to 3.0); numpy ndarray.__reduce__ and dtype
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from functools import lru_cache
 from typing import Any
@@ -28,7 +29,7 @@ def load_array(data: bytes, name: str) -> NDArray[Any]:
     dtype, shape, fortran, start = _header(data, name)
     if dtype.hasobject:
         raise DataError(f"{name}: expected a plain array, found pickled objects; refused")
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if len(data) - start != count * dtype.itemsize:
         raise DataError(
             f"{name}: header declares {shape} of {dtype}, {count * dtype.itemsize:,} bytes; "
@@ -99,7 +100,7 @@ class _Array:
     def build(self, seen: dict[int, Any]) -> NDArray[Any]:
         _, shape, dtype, fortran, data = self.state
         order = "F" if fortran else "C"
-        count = int(np.prod(shape, dtype=np.float64))
+        count = math.prod(shape)
         if dtype.value.kind == "O":
             if not isinstance(data, list) or len(data) != count:
                 raise ValueError(f"object array {shape} of {len(data)} items")
