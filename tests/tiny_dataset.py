@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -106,8 +107,8 @@ def write_tiny(
             episode += 1
         _write(root / f"data/chunk-000/file-{part:03d}.parquet", pa.concat_tables(tables))
     _write(root / "meta/episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(rows))
-    tasks = pa.table({"task_index": list(range(len(texts))), "task": texts})
-    _write(root / "meta/tasks.parquet", tasks)
+    tasks = pd.DataFrame({"task_index": range(len(texts))}, index=pd.Index(texts, name="task"))
+    tasks.to_parquet(root / "meta/tasks.parquet")
     info = {
         "codebase_version": "v3.0",
         "fps": fps,
@@ -117,6 +118,10 @@ def write_tiny(
         "total_tasks": len(texts),
         "splits": {"train": f"0:{len(rows)}"},
         "robot_type": "tiny",
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "video_path": None,
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
     }
     (root / "meta/info.json").write_text(json.dumps(info))
