@@ -374,6 +374,7 @@ class _SampleDecoder:
 def _decoder_context(table: SampleTable) -> "av.VideoCodecContext":
     """A decoder that stops at damage instead of patching over it, and never allocates more than the table says."""
     import av
+    from av.error import FFmpegError
 
     configuration = {"h264": b"avcC", "hevc": b"hvcC", "av1": b"av1C", "mpeg4": b"esds"}.get(table.codec)
     name = "libdav1d" if table.codec == "av1" and "libdav1d" in av.codecs_available else table.codec
@@ -394,7 +395,13 @@ def _decoder_context(table: SampleTable) -> "av.VideoCodecContext":
         "strict": "1" if (np.diff(table.ranks) < 0).any() else "0",
     }
     context.thread_count = 1  # several processes decode at once; dav1d then also gives each picture at once
-    context.open()
+    try:
+        context.open()
+    except FFmpegError as error:
+        raise DataError(
+            f"{table.path}: the {table.codec} decoder refuses the file's settings ({error.strerror})."
+            "  The file is damaged: fetch it again."
+        ) from error
     return context
 
 

@@ -51,6 +51,7 @@ CODECS = {
 COPYABLE = ("h264", "hevc", "av1")
 
 _IDENTITY = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+_WIDE_FROM = 1 << 32  # bytes from which offsets need 64 bits
 _ENTRY_HEADER = 86  # box header 8, SampleEntry 8, VisualSampleEntry 70
 
 
@@ -307,11 +308,20 @@ def box(kind: bytes, *payload: bytes) -> bytes:
     return struct.pack(">I4s", len(body) + 8, kind) + body
 
 
-def write_mp4(path: Path, sample_entry: bytes, width: int, height: int, fps: int, runs: Sequence[Run]) -> int:
+def write_mp4(
+    path: Path,
+    sample_entry: bytes,
+    width: int,
+    height: int,
+    fps: int,
+    runs: Sequence[Run],
+    sync: bool = True,
+) -> int:
     """Write the runs one after another as one constant-rate MP4, table first; returns its size in bytes.
 
     Frame k of the file is shown at exactly k / fps. The bytes depend on the arguments alone, no clock is
-    written. The file is synced to disk; renaming it into place is the caller's. One chunk per run.
+    written. One chunk per run. The file is synced to disk unless the caller does so later, for several at once;
+    renaming it into place is the caller's.
     """
     if not runs or not all(len(run) for run in runs):
         raise ValueError("every part needs a run, and every run a sample")
@@ -326,7 +336,7 @@ def write_mp4(path: Path, sample_entry: bytes, width: int, height: int, fps: int
         raise ValueError(f"{len(sizes)} samples in one file; the limit is {MAX_SAMPLES}")
 
     # Whether offsets need 64 bits depends on the header's size, which differs little: decide generously.
-    wide = payload + 24 * len(sizes) + (1 << 16) >= 1 << 32
+    wide = payload + 24 * len(sizes) + (1 << 16) >= _WIDE_FROM
     ftyp = box(b"ftyp", b"isom", (512).to_bytes(4), b"isom", b"iso4", sample_entry[4:8], b"mp41")
     mdat = (
         struct.pack(">I4sQ", 1, b"mdat", payload + 16) if wide else struct.pack(">I4s", payload + 8, b"mdat")
@@ -340,7 +350,8 @@ def write_mp4(path: Path, sample_entry: bytes, width: int, height: int, fps: int
         file.write(ftyp + head + mdat)
         file.flush()
         _copy_runs(file.fileno(), runs)
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     return base + payload
 
 
@@ -371,9 +382,9 @@ def _movie(
     ]
     if any(run.order is not None for run in runs):
         stbl.append(_compositions(runs))
-    sync = np.concatenate([run.sync for run in runs])
-    if not sync.all():
-        stbl.append(_table(b"stss", np.flatnonzero(sync) + 1))
+    starts = np.concatenate([run.sync for run in runs])
+    if not starts.all():
+        stbl.append(_table(b"stss", np.flatnonzero(starts) + 1))
     first = np.flatnonzero(np.diff(lengths, prepend=-1))  # chunks at which the number of samples changes
     stbl.append(_table(b"stsc", np.stack([first + 1, lengths[first], np.ones_like(first)], axis=1)))
     stbl.append(_full(b"stsz", 0, 0, struct.pack(">II", 0, len(sizes)), sizes.astype(">u4").tobytes()))
@@ -638,7 +649,7 @@ def _description(stsd: _Boxes, path: Path) -> tuple[bytes, int, int, int]:
     width, height = struct.unpack_from(">HH", entry, 32)
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
         raise DataError(f"{path}: pictures of {width}x{height} pixels; the limit is {MAX_PIXELS} in all")
-    for _ in _entry_children(entry):  # sizes checked once, where they enter
+    for _ in _walk(entry, _ENTRY_HEADER, len(entry), path):  # sizes checked once, where they enter
         pass
     return entry, entries, width, height
 
