@@ -270,7 +270,14 @@ class DemoFrames:
         if len(block) != len(rows):  # frames between were left out as no-ops
             block = block[rows - first]
         rows_step, columns_step = self.flips
-        return block[:, ::rows_step, ::columns_step]
+        turned = block[:, ::rows_step, ::columns_step]
+        if columns_step == 1:
+            return turned
+        # Colour by colour: numpy copies a mirrored row of 3-byte pixels seven times slower than three of bytes.
+        frames = np.empty(turned.shape, np.uint8)
+        for colour in range(3):
+            frames[..., colour] = turned[..., colour]
+        return frames
 
 
 def embodiment(options: Options, variant: str) -> Embodiment:
