@@ -164,14 +164,14 @@ class Encoder:
         """Encode [n, H, W, 3] RGB; frames of another size are resized in the pass that makes them yuv."""
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
             raise ValueError(f"expected uint8 [n, H, W, 3], got {frames.dtype} {frames.shape}")
-        as_is = frames.shape[1:3] == (self.height, self.width)
+        smaller = frames.shape[1] > self.height or frames.shape[2] > self.width
         for picture in np.ascontiguousarray(frames):
             frame = self._reformatter.reformat(
                 self._frame(picture, format="rgb24"),
                 width=self.width,
                 height=self.height,
                 format=self.codec.pix_fmt,
-                interpolation="BILINEAR" if as_is else "AREA",
+                interpolation="AREA" if smaller else "BILINEAR",
             )
             self.write_frame(frame)
 
