@@ -335,6 +335,13 @@ class Dataset:
             self._contents = recorded or self._computed_contents()
         return self._contents
 
+    @property
+    def contents_known(self) -> bool:
+        """Whether `contents` costs no reading of rows: recorded at conversion, or computed before."""
+        if self._contents is None:
+            self._contents = self._recorded_contents()
+        return self._contents is not None
+
     def _recorded_contents(self) -> list[str] | None:
         path = self.root / OWN_FOLDER / "episodes.parquet"
         if self.manifest is None or not path.is_file():

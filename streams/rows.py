@@ -185,29 +185,63 @@ class DatasetRows:
             return self._kept[camera]
 
     def _decode(self, camera: str, rows: Rows, out: NDArray[np.uint8], health: Health) -> None:
-        """Frames in rising order, neighbours in one read, so that a video is decoded forwards."""
+        """Frames in rising order, those of one file in one call, so that a video is decoded forwards."""
         episodes = self.dataset.episodes
-        reader = self._own()
         order = np.argsort(rows, kind="stable")
-        owner = np.searchsorted(episodes.first_index, rows[order], side="right") - 1
-        step = np.diff(rows[order])
-        cuts = np.flatnonzero((step > 1) | (np.diff(owner) != 0)) + 1
-        for run in np.split(np.arange(len(order)), cuts):
-            episode = int(owner[run[0]])
-            first = int(rows[order[run[0]]] - episodes.first_index[episode])
-            last = int(rows[order[run[-1]]] - episodes.first_index[episode])
-            with health.timing("decode"):
-                frames = reader.frames(episode, camera, first, last + 1)
-            for position in order[run]:
-                frame = int(rows[position] - episodes.first_index[episode])
-                self.fit.apply(frames[frame - first], out[position])
-            health.count(frames_decoded=last + 1 - first)
+        sorted_rows = rows[order]
+        owner = np.searchsorted(episodes.first_index, sorted_rows, side="right") - 1
+        frame = sorted_rows - episodes.first_index[owner]
+        with health.timing("decode"):
+            if self.dataset.features[camera]["dtype"] == "video":
+                self._decode_video(camera, owner, frame, order, out)
+            else:
+                reader = self._own()
+                for e, t, position in zip(owner.tolist(), frame.tolist(), order.tolist(), strict=True):
+                    self.fit.apply(reader.frames(e, camera, t, t + 1)[0], out[position])
+        health.count(frames_decoded=len(rows))
+
+    def _decode_video(
+        self, camera: str, owner: Rows, frame: Rows, order: Rows, out: NDArray[np.uint8]
+    ) -> None:
+        reader = self._own()
+        place = self.dataset.episodes.cameras[camera]
+        files = place.chunk[owner] * 2**32 + place.file[owner]
+        # The decoder's own scaler where it gives the wanted size at once: it works on smaller planes.
+        stretched = self.fit.size if self.fit.size and self.fit.how == "stretch" else None
+        resize = stretched if stretched != self.dataset.camera_size(camera) else None
+        for run in np.split(np.arange(len(order)), np.flatnonzero(np.diff(files)) + 1):
+            video = reader.video(int(owner[run[0]]), camera, resize)
+            pictures = video.read(place.first_frame[owner[run]] + frame[run])
+            for position, picture in zip(order[run].tolist(), pictures, strict=True):
+                self.fit.apply(picture, out[position])
 
     def _own(self) -> Dataset:
         """This thread's dataset: decoders and Parquet readers serve one caller at a time."""
         if not hasattr(self._local, "dataset"):
             self._local.dataset = self.dataset.reopened()
         return self._local.dataset
+
+
+class SplitRows:
+    """Columns from shards, frames from the dataset: shards made without pictures."""
+
+    def __init__(self, numbers: RowReader, pictures: RowReader):
+        self.numbers, self.pictures = numbers, pictures
+
+    def columns(self) -> tuple[str, ...]:
+        return self.numbers.columns()
+
+    def cameras(self) -> tuple[str, ...]:
+        return self.pictures.cameras()
+
+    def size(self, camera: str) -> tuple[int, int]:
+        return self.pictures.size(camera)
+
+    def values(self, names: Iterable[str], rows: Rows) -> dict[str, NDArray[Any]]:
+        return self.numbers.values(names, rows)
+
+    def frames(self, camera: str, rows: Rows, out: NDArray[np.uint8], health: Health) -> None:
+        self.pictures.frames(camera, rows, out, health)
 
 
 def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

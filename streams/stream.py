@@ -42,7 +42,9 @@ from ..schemas.normalisers import Normaliser
 from .dataset import Dataset, open_dataset
 from .health import Health
 from .order import Order, Shuffle
-from .rows import DatasetRows, Fit, RowReader
+from .rows import DatasetRows, Fit, RowReader, SplitRows
+from .shards import FOLDER, ShardRows, check_source, find_shards
+from .targets import Targets, open_targets
 from .windows import Places, Samples
 
 Batch = dict[str, Any]
@@ -70,6 +72,8 @@ class StreamSpec:
               Both need absolute actions.
     padding   what padded steps of action chunks hold: "still", 0 in dimensions that say how far to move and the
               last value elsewhere; "repeat", the last value everywhere, as lerobot has it
+    targets   requests as `open_targets` takes them ("tokens:N=10"); those that are chunked get the longest of
+              the chunks' horizons
     normalise by column; applied last, gives float32
     size, fit what frames are fitted to (see `Fit`); None: as stored
     tail      the last frames of an episode that begin no sample
@@ -86,6 +90,7 @@ class StreamSpec:
     action_columns: tuple[str, ...] = ("action",)
     reference: str = "observation.state"
     padding: str = "still"
+    targets: tuple[str, ...] = ()
     normalise: Mapping[str, Normaliser] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     fit: str = "stretch"
@@ -152,7 +157,7 @@ class Stream:
         self.shuffle, self.last, self.threads = shuffle, last, threads
         self.health = Health()
         self._place = Place()
-        self._turn = 0  # batches of all workers since iteration began, up to the last one handed over
+        self.turn = 0  # batches of all workers since iteration began, up to the last one handed over
         self._orders: dict[int, Order] = {}
         self._block: tuple[int, int, NDArray[np.int64]] = (-1, 0, np.zeros(0, np.int64))
 
@@ -248,7 +253,7 @@ class Stream:
         epoch = self._place.epoch
         if self.last == "carry":
             raise UsageError("batches that carry over have no end of an epoch: iterate over endless()")
-        return self._run(lambda place: place.epoch == epoch)
+        return self.run(lambda place: place.epoch == epoch)
 
     def endless(self) -> Endless:
         """Batches for ever: `next()`, `state_dict()`, `load_state_dict()`. Every batch is full (rule "carry")
@@ -266,7 +271,7 @@ class Stream:
         """The same samples by number, for trainers that bring their own sampler."""
         return MapView(self.source, self.spec, self.health)
 
-    def _run(
+    def run(
         self, goes_on: Callable[[Place], bool], worker: int = 0, workers: int = 1, turn: int = 0
     ) -> Iterator[Batch]:
         """Batches in order while `goes_on(place)`; of several workers, this one makes every `workers`-th.
@@ -294,7 +299,7 @@ class Stream:
                 with self.health.timing("wait"):
                     batch = made.result() if made else self._make(self.positions(here))
                 self._place = self._settled(replace(here, step=here.step + 1))
-                self._turn = next_turn
+                self.turn = next_turn
                 if batch is not None:
                     yield batch
             self._place = place
@@ -362,7 +367,7 @@ class Endless:
                     f"{self.stream.samples} samples do not fill one batch of {self.stream.global_batch}\n"
                     "  Choose a smaller batch, or another rule for the last one."
                 )
-            self._batches = self.stream._run(lambda place: True)
+            self._batches = self.stream.run(lambda place: True)
         return next(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
@@ -411,8 +416,15 @@ class MapView:
 class Source:
     """One dataset as samples: where rows are read from, and what its names mean."""
 
-    def __init__(self, dataset: Dataset, rows: RowReader, samples: Samples, spec: StreamSpec):
-        self.dataset, self.rows, self.samples = dataset, rows, samples
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: RowReader,
+        samples: Samples,
+        spec: StreamSpec,
+        targets: Targets | None = None,
+    ):
+        self.dataset, self.rows, self.samples, self.targets = dataset, rows, samples, targets
         self.cameras = rows.cameras() if spec.cameras is None else spec.cameras
         self._check(spec)
 
@@ -468,6 +480,8 @@ class Source:
             rows, is_pad = places.rows_at(offsets)
             frames = self._frames(camera, rows, spec, health)
             self._observed(batch, camera, offsets, frames, is_pad)
+        if self.targets is not None:
+            batch |= self.targets.take(episode=places.episode, frame=places.frame)
         for name, normaliser in spec.normalise.items():
             if name in batch:
                 batch[name] = normaliser.normalise(batch[name]).astype(np.float32)
@@ -568,7 +582,8 @@ def open_stream(
     last: str = "short",
     frames: str = "auto",
     shards: Path | str | None = None,
-    episodes: NDArray[np.int64] | None = None,
+    episodes: Sequence[int] | NDArray[np.int64] | None = None,
+    targets: Path | Sequence[Path] | None = None,
     threads: int | None = None,
     keep: int = KEEP_DECODED,
 ) -> Stream:
@@ -576,21 +591,27 @@ def open_stream(
 
     `frames` says where pictures come from: "jpeg" (shards), "video" (the dataset's own), "none", or "auto":
     shards where there are complete ones of this dataset, else the videos. `shards` names a variant or a folder.
-    `episodes` replaces `split` by a list. `threads` make batches ahead (default: the cores this process may
+    `episodes` replaces `split` by a list. `targets` are the folders of the spec's targets, the dataset's own by
+    default. `threads` make batches ahead (default: the cores this process may
     use); `keep` bytes of decoded frames stay in memory where a whole small dataset fits in them.
     """
     spec = spec or StreamSpec()
-    opened = dataset if isinstance(dataset, Dataset) else open_dataset(Path(dataset))
     if frames not in FRAME_SOURCES:
         raise unknown_name("source of frames", frames, FRAME_SOURCES)
     if frames == "none":
         spec = replace(spec, cameras=())
+    opened, rows = _open_rows(dataset, spec, frames, shards, keep)
     chosen = np.asarray(opened.episodes_in(split) if episodes is None else episodes, np.int64)
     lengths, first = opened.episodes.length[chosen], opened.episodes.first_index[chosen]
     samples = Samples.of(chosen, first, lengths, spec.tail)
-    rows = DatasetRows(opened, Fit(spec.size, spec.fit), keep)
+    found = None
+    if spec.targets:
+        if spec.chunk_start:
+            raise UsageError("targets are gathered from each sample's own frame: chunk_start must be 0")
+        horizon = max(spec.chunks.values(), default=0)
+        found = open_targets(opened, spec.targets, horizon=horizon, targets=targets)
     return Stream(
-        Source(opened, rows, samples, spec),
+        Source(opened, rows, samples, spec, found),
         spec,
         batch_size,
         seed,
@@ -600,6 +621,41 @@ def open_stream(
         last,
         cores() if threads is None else threads,
     )
+
+
+def _open_rows(
+    dataset: Path | Dataset, spec: StreamSpec, frames: str, shards: Path | str | None, keep: int
+) -> tuple[Dataset, RowReader]:
+    """The dataset and the reader of its rows; a folder of shards alone is a dataset too."""
+    fit = Fit(spec.size, spec.fit)
+    if not isinstance(dataset, Dataset) and (Path(dataset) / "index.json").is_file():
+        alone = ShardRows(Path(dataset), fit)
+        return alone.dataset(), alone
+    opened = dataset if isinstance(dataset, Dataset) else open_dataset(Path(dataset))
+    folder = None
+    if shards is not None:
+        named = opened.root / FOLDER / str(shards)
+        folder = named if named.is_dir() else Path(shards)
+    elif frames in ("auto", "jpeg"):
+        folder = find_shards(opened, spec.cameras)
+    if folder is None:
+        if frames == "jpeg":
+            raise DataError(
+                f"{opened.root}: no finished shards with {', '.join(spec.cameras or opened.cameras)}\n"
+                f"  looked in: {opened.root / FOLDER}\n  Make them:  dpipe precompute shards"
+            )
+        return opened, DatasetRows(opened, fit, keep)
+    rows = ShardRows(folder, fit)
+    check_source(rows, opened)
+    if frames != "video" and set(opened.cameras if spec.cameras is None else spec.cameras) <= set(
+        rows.cameras()
+    ):
+        return opened, rows
+    if frames == "jpeg":
+        raise unknown_name(
+            f"camera of {folder}", min(set(spec.cameras or ()) - set(rows.cameras())), rows.cameras()
+        )
+    return opened, SplitRows(rows, DatasetRows(opened, fit, keep))
 
 
 def cores() -> int:
