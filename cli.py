@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,9 +178,20 @@ def _convert_command(source: str) -> click.Command:
     return running(command)  # type: ignore[return-value]
 
 
-def _options_of(options_type: type) -> list[click.Parameter]:
-    """Command-line options from the fields of an Options dataclass."""
+def _options_of(options_type: type, unset: bool = False) -> list[click.Parameter]:
+    """Command-line options from the fields of a dataclass; `unset`: None unless given, words as they are."""
     made: list[click.Parameter] = []
+    if unset:
+        for item in fields(options_type):
+            flag = f"--{item.name.replace('_', '-')}"
+            default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            text = f"{item.metadata.get('help', '')}  [{shown or 'none'}]".strip()
+            if isinstance(default, bool):
+                made.append(click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text))
+            else:
+                made.append(click.Option([flag], help=text))
+        return made
     for item in fields(options_type):
         flag = f"--{item.name.replace('_', '-')}"
         help_text = str(item.metadata.get("help", ""))
@@ -256,6 +267,9 @@ def _converting(source: str) -> Callable[..., None]:
             scheduler=scheduler,
             max_time_s=max_time,
         )
+        if dry_run:
+            _show_plan(request, as_json)
+            return
         result = convert(request, _progress(as_json))
         for note in result.warnings:
             click.echo(f"note: {note}", err=True)
@@ -281,6 +295,330 @@ def _converting(source: str) -> Callable[..., None]:
             sys.exit(LEFT_OUT)
 
     return run
+
+
+def _show_plan(request: Any, as_json: bool) -> None:
+    from .pipeline.convert import plan_conversion
+
+    found = plan_conversion(request, _progress(as_json))
+    text = (
+        f"convert {request.source}: {found.recordings} recordings, {found.episodes} episodes, {found.frames} frames "
+        f"into {found.root}\n"
+        f"  to do: {found.todo_episodes} episodes, {found.todo_frames} frames, "
+        f"{found.pixels / 1e6:.0f} million pixels, {found.raw_bytes / 1e6:.1f} MB to read, {found.files} files to write\n"
+        f"  done: {found.episodes - found.todo_episodes} episodes; changed since: {len(found.changed)}; "
+        f"to be left out: {len(found.dropped)}"
+    )
+    facts = {n: v for n, v in vars(found).items() if n not in ("root", "dropped")}
+    facts |= {"root": str(found.root), "dropped": [d.to_json() for d in found.dropped]}
+    _result(facts, text, as_json)
+
+
+# --- precompute -----------------------------------------------------------------------------------------------
+
+
+class StageCommand(click.Command):
+    """`dpipe precompute STAGE...`: the options of the stages named are the command's own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from .stages import STAGES, load_stage
+
+        named = [word for word in args if word in STAGES]
+        known = {name for parameter in self.params for name in parameter.opts}
+        made: list[click.Parameter] = []
+        for name in named:
+            for option in _options_of(load_stage(name).Params, unset=True):
+                if not known & set(option.opts):
+                    known |= set(option.opts)
+                    made.append(option)
+        self.params = [*self.params, *made]
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from .stages import STAGES
+
+        with formatter.section("Stages"):
+            formatter.write_dl(list(STAGES.items()))
+
+
+@cli.command(cls=StageCommand)
+@click.argument("stages", nargs=-1)
+@click.option(
+    "--dataset", "datasets", multiple=True, help="Name or folder; may be repeated.  [all of the workspace]"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Targets folder, where a dataset is not ours.")
+@click.option("--name", default="", help="Name of the target's variant.  [from its options]")
+@click.option("--no-deps", is_flag=True, help="Do not convert what is missing.")
+@running
+def precompute(
+    stages: tuple[str, ...],
+    datasets: tuple[str, ...],
+    out: Path | None,
+    name: str,
+    no_deps: bool,
+    workspace: Path | None,
+    as_json: bool,
+    debug: bool,
+    workers: int | None,
+    scheduler: str | None,
+    where: str | None,
+    max_time: float | None,
+    yes: bool,
+    dry_run: bool,
+    **given: Any,
+) -> None:
+    """Datasets to supervision targets.
+
+    \b
+    dpipe precompute tokens
+    dpipe precompute tokens stats --dataset libero
+    dpipe precompute tokens --help        the options of one stage
+    """
+    from dataclasses import fields as fields_of
+
+    from .stages import STAGES, load_stage
+
+    if not stages:
+        for stage, summary in STAGES.items():
+            click.echo(f"{stage:12s} {summary}")
+        return
+    for stage in stages:
+        load_stage(stage)
+    space = _workspace(workspace)
+    options = {name: value for name, value in given.items() if value is not None}
+    params = {
+        stage: {
+            n: v for n, v in options.items() if n in {f.name for f in fields_of(load_stage(stage).Params)}
+        }
+        for stage in stages
+    }
+    roots = _datasets(space, datasets, as_json, None if no_deps else workers, dry_run)
+    if dry_run:
+        for root in roots:
+            click.echo(f"precompute {' '.join(stages)} of {root}")
+        return
+    for root in roots:
+        _precompute(space, root, list(stages), params, out, name, workers, scheduler, max_time, as_json)
+
+
+def _precompute(
+    space: Workspace,
+    root: Path,
+    stages: list[str],
+    params: dict[str, dict[str, Any]],
+    out: Path | None,
+    name: str,
+    workers: int | None,
+    scheduler: str | None,
+    max_time: float | None,
+    as_json: bool,
+) -> None:
+    from .pipeline.precompute import precompute as run
+
+    made = run(
+        root,
+        stages,
+        params,
+        _workers(workers),
+        out or _targets_folder(space, root),
+        _progress(as_json),
+        name=name,
+        scheduler=scheduler,
+        max_time_s=max_time,
+    )
+    for target in made:
+        text = (
+            f"{target.stage}: {target.variant} of {root.name}, {target.episodes} episodes, {target.frames} frames, "
+            f"{target.bytes / 1e6:.2f} MB in {target.folder}; {target.computed_episodes} episodes computed now"
+        )
+        facts = {n: v for n, v in vars(target).items() if n != "report"} | {"folder": str(target.folder)}
+        _result(facts, text, as_json)
+
+
+def _targets_folder(space: Workspace, root: Path) -> Path | None:
+    """None where the dataset keeps its own targets, else targets/<name> of the workspace."""
+    ours = (root / "dpipe" / "manifest.json").is_file() and os.access(root / "dpipe", os.W_OK)
+    return None if ours else space.targets(root.name)
+
+
+def _datasets(
+    space: Workspace, named: tuple[str, ...], as_json: bool, workers: int | None, dry_run: bool = False
+) -> list[Path]:
+    """The datasets to work on: those named, else all; a workspace that has only raw recordings converts them."""
+    from .converters import SOURCES
+
+    if named:
+        return [space.find_dataset(name) for name in named]
+    sources = [source for source in SOURCES if space.raw(source).is_dir()]
+    unmade = [
+        source for source in sources if not (space.dataset(source) / "dpipe" / "manifest.json").is_file()
+    ]
+    if unmade:
+        plan = "; ".join(f"dpipe convert {source} --to lerobot" for source in unmade)
+        click.echo(f"first: {plan}", err=True)
+        for source in unmade if not dry_run else []:
+            arguments = ["convert", source, "--workspace", str(space.root), "--allow-dropped"]
+            arguments += ["--workers", str(workers)] if workers is not None else []
+            cli.main([*arguments, *(["--json"] if as_json else [])], standalone_mode=False)
+    roots = space.datasets()
+    if not roots and not (dry_run and unmade):
+        raise UsageError(
+            f"no dataset in {space.root / 'lerobot'} and no recordings in {space.root / 'raw'}\n"
+            f"  next: put recordings into raw/<source>/ ({', '.join(SOURCES)}), or make some:  dpipe sample libero"
+        )
+    return roots
+
+
+# --- train ----------------------------------------------------------------------------------------------------
+
+
+class RecipeCommand(click.Command):
+    """`dpipe train RECIPE`: the options of the recipe named are the command's own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from .trainer import RECIPES
+
+        named = [word for word in args if word in RECIPES]
+        if named and ("--help" in args or "-h" in args or len(args) > 1):
+            from .trainer import open_recipe
+            from .trainer.loop import Options
+
+            known = {name for parameter in self.params for name in parameter.opts}
+            for options in (open_recipe(named[0]).config, Options):
+                made = [o for o in _options_of(options, unset=True) if not known & set(o.opts)]
+                known |= {name for option in made for name in option.opts}
+                self.params = [*self.params, *made]
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from .trainer import RECIPES
+
+        with formatter.section("Recipes"):
+            formatter.write_dl(list(RECIPES.items()))
+
+
+@cli.command(cls=RecipeCommand)
+@click.argument("recipe")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps.  [the recipe's own]")
+@click.option("--dataset", "datasets", multiple=True, help="Name or folder.  [the workspace's only group]")
+@click.option("--name", help="Name of the run.  [the dataset's]")
+@click.option(
+    "--frames", type=click.Choice(["auto", "jpeg", "video", "none"]), default="auto", show_default=True
+)
+@click.option("--no-deps", is_flag=True, help="Do not build what is missing.")
+@running
+def train(
+    recipe: str,
+    steps: int | None,
+    datasets: tuple[str, ...],
+    name: str | None,
+    frames: str,
+    no_deps: bool,
+    workspace: Path | None,
+    as_json: bool,
+    debug: bool,
+    workers: int | None,
+    scheduler: str | None,
+    where: str | None,
+    max_time: float | None,
+    yes: bool,
+    dry_run: bool,
+    **given: Any,
+) -> None:
+    """Targets to a policy; datasets and targets that are missing are made first.
+
+    \b
+    dpipe train libra
+    dpipe train libra --steps 500 --dataset libero
+    dpipe train libra --help              the options of one recipe
+    """
+    from .pipeline.groups import group_datasets, one_group
+    from .trainer import RECIPES, open_recipe
+
+    if recipe not in RECIPES:
+        open_recipe(recipe)
+    space = _workspace(workspace)
+    configured = tuple(space.settings.get("train", {}).get(recipe, {}).get("datasets", ()))
+    roots = _datasets(space, datasets or configured, as_json, None if no_deps else workers, dry_run)
+    group = one_group(group_datasets(roots), recipe)
+    if len(group.datasets) > 1:
+        listed = ", ".join(root.name for root in group.datasets)
+        raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
+    (root,) = group.datasets
+    missing = _missing_targets(space, root, recipe, given)
+    run_dir = space.run(recipe, name or root.name)
+    if missing:
+        click.echo(f"first: dpipe precompute {' '.join(missing)} --dataset {root.name}", err=True)
+    if dry_run:
+        click.echo(f"train {recipe} on {root} into {run_dir}")
+        return
+    if missing and not no_deps:
+        for stage, params in missing.items():
+            _precompute(space, root, [stage], {stage: params}, None, "", workers, scheduler, None, as_json)
+    from .trainer.loop import Options
+    from .trainer.run import train as run
+
+    known = {item.name for item in fields(Options)}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    result = run(
+        recipe,
+        root,
+        run_dir,
+        steps=steps,
+        config={key: value for key, value in chosen.items() if key not in known},
+        options={key: value for key, value in chosen.items() if key in known},
+        targets=_targets_folder(space, root),
+        frames=frames,
+        say=lambda text: click.echo(text, err=True),
+    )
+    facts = {
+        "run": str(result.run_dir),
+        "recipe": recipe,
+        "steps": result.steps,
+        "metrics": dict(result.metrics),
+    }
+    _result(
+        facts | {"checkpoint": str(result.checkpoint)}, f"{result.message}\n  run: {result.run_dir}", as_json
+    )
+
+
+def _missing_targets(
+    space: Workspace, root: Path, recipe: str, given: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Stages the recipe needs and the dataset has not, each with the options its request names."""
+    from .trainer import open_recipe
+    from .trainer.recipe import resolve
+
+    made = open_recipe(recipe)
+    names = {item.name for item in fields(made.config)}
+    config = resolve(recipe, made.config, {k: v for k, v in given.items() if v is not None and k in names})
+    requests, _ = made.targets(config)
+    base = _targets_folder(space, root) or root / "dpipe" / "targets"
+    missing: dict[str, dict[str, Any]] = {}
+    for request in requests:
+        stage = request.partition(":")[0]
+        if not (base / stage).is_dir() or not any((base / stage).iterdir()):
+            missing[stage] = {}
+    return missing
+
+
+# --- plan -----------------------------------------------------------------------------------------------------
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def plan(words: tuple[str, ...]) -> None:
+    """What a command would do: any of convert, precompute, train with --dry-run.
+
+    \b
+    dpipe plan convert libero
+    dpipe plan train libra
+    """
+    if not words or words[0] not in ("convert", "precompute", "train"):
+        raise UsageError(
+            "plan what? dpipe plan convert SOURCE, dpipe plan precompute STAGE, dpipe plan train RECIPE"
+        )
+    cli.main([*words, "--dry-run"], standalone_mode=False)
 
 
 # --- replay ---------------------------------------------------------------------------------------------------
