@@ -74,42 +74,40 @@ def to_pixels(images: Tensor, size: int) -> Tensor:
 class ConvEncoder(nn.Module):
     """[B, 3, size, size] and a condition [B, d] -> `points` tokens [B, points, d].
 
-    Three convolutions, modulated by the instruction (FiLM), then each point attends over the map once and
-    reports what it sees and where: the attended features with the attended x and y (a soft keypoint). Where a
-    thing stands, to a fraction of a pixel, is what a small policy needs of an image.
+    Patches of 8 x 8 pixels, modulated by the instruction (FiLM), see their neighbours once; then each point,
+    asked by the instruction what to look for, attends over the patches and reports what it sees and where: the
+    attended features with the attended x and y (a soft keypoint). Where the named thing stands, to a fraction
+    of a patch, is what a small policy needs of an image. Patches first, because on a CPU two convolutions at
+    full resolution would cost more than everything else together.
     """
 
-    grid: Tensor  # [cells, cells, 2]: x and y of each cell's middle, -1 .. 1
+    grid: Tensor  # [cells, 2]: x and y of each patch's middle, -1 .. 1
 
     def __init__(
-        self, width: int, size: int = 64, points: int = 8, channels: Sequence[int] = (32, 64, 64)
+        self, width: int, size: int = 64, points: int = 8, channels: int = 64, patch: int = 8
     ) -> None:
         super().__init__()
-        self.size, self.points = size, points
-        first, second, last = channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, first, 5, stride=2, padding=2),
-            nn.GELU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1),
-        )
-        self.norm = nn.GroupNorm(8, second)
-        self.film = nn.Linear(width, 2 * second)
-        self.body = nn.Sequential(nn.GELU(), nn.Conv2d(second, last, 3, padding=1), nn.GELU())
-        self.where = nn.Conv2d(last, points, 1)
-        self.out = nn.Linear(last + 2, width)
+        self.size, self.points, cells = size, points, size // patch
+        self.patches = nn.Conv2d(3, channels, patch, stride=patch)
+        self.norm = nn.GroupNorm(8, channels)
+        self.film = nn.Linear(width, 2 * channels)
+        self.body = nn.Sequential(nn.GELU(), nn.Conv2d(channels, channels, 3, padding=1), nn.GELU())
+        self.key = nn.Linear(channels, channels)
+        self.query = nn.Linear(width, points * channels)
+        self.out = nn.Linear(channels + 2, width)
         self.name = nn.Parameter(torch.randn(points, width) * 0.02)
-        line = (torch.arange(size // 4) + 0.5) / (size // 4) * 2 - 1
-        self.register_buffer(
-            "grid", torch.stack(torch.meshgrid(line, line, indexing="xy"), -1), persistent=False
-        )
+        line = (torch.arange(cells) + 0.5) / cells * 2 - 1
+        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
+        self.register_buffer("grid", grid, persistent=False)
 
     def forward(self, pixels: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.film(condition)[..., None, None].chunk(2, dim=1)
-        seen = self.body(self.norm(self.stem(pixels)) * (1 + scale) + shift)
-        weight = self.where(seen).flatten(2).softmax(dim=-1)  # [B, points, cells]
-        what = weight @ seen.flatten(2).transpose(1, 2)
-        place = weight @ self.grid.flatten(0, 1).to(weight.dtype)
-        return self.out(torch.cat([what, place], dim=-1)) + self.name
+        seen = self.body(self.norm(self.patches(pixels)) * (1 + scale) + shift)
+        seen = seen.flatten(2).transpose(1, 2)  # [B, cells, channels]
+        asked = self.query(condition).unflatten(-1, (self.points, -1))
+        weight = (asked @ self.key(seen).transpose(1, 2) / seen.shape[-1] ** 0.5).softmax(dim=-1)
+        place = weight @ self.grid.to(weight.dtype)
+        return self.out(torch.cat([weight @ seen, place], dim=-1)) + self.name
 
 
 class ViTEncoder(nn.Module):
@@ -232,7 +230,10 @@ class DiTBlock(nn.Module):
         a1, b1, g1, a2, b2, g2 = self.modulate(F.silu(condition))[:, None].chunk(6, dim=-1)
         tokens = tokens + g1 * self.attention(self.norms[0](tokens) * (1 + a1) + b1)
         if self.cross is not None and self.norm_cross is not None:
-            tokens = tokens + self.cross(self.norm_cross(tokens), context)
+            # Several sets of tokens may share one context: [B * K, N, d] read [B, M, d] side by side.
+            rows = len(tokens) if context is None else len(context)
+            queries = self.norm_cross(tokens).reshape(rows, -1, tokens.shape[-1])
+            tokens = tokens + self.cross(queries, context).reshape(tokens.shape)
         return tokens + g2 * self.mlp(self.norms[1](tokens) * (1 + a2) + b2)
 
 

@@ -20,7 +20,7 @@ def seed_of(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws for `batch` samples, which are rows rank * batch .. of the global batch of world * batch."""
+    """Draws for `batch` samples: rows rank, rank + world, .. of the global batch, as streams deal them."""
 
     generator: torch.Generator
     batch: int
@@ -59,4 +59,4 @@ class Draws:
         return self.batch * self.world
 
     def _own(self, rows: Tensor) -> Tensor:
-        return rows[self.rank * self.batch : (self.rank + 1) * self.batch].to(self.device)
+        return rows[self.rank :: self.world].to(self.device)

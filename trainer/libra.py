@@ -31,11 +31,13 @@ from torch import Tensor, nn
 from ..models.blocks import Block, DiTBlock, ObservationEncoder, TimeEmbedding
 from ..models.diffusion import cosine_schedule, ddim_sample, diffuse
 from ..schemas.errors import unknown_name
+from ..streams.stream import StreamSpec
 from .draws import Draws
 from .loop import Phase
 from .losses import accuracy, masked_mean, mean_over_processes, valid_steps
 from .policy import observe, timed
-from .space import Space
+from .recipe import Recipe
+from .space import STATE, Space
 
 # phi = additive: a scaled residual is within +-1 of its own bin's centre. On a bin the planner got wrong it
 # reaches further; it is cut where it would leave the neighbouring bin [ours].
@@ -187,11 +189,11 @@ class Refiner(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def denoise(self, noisy: Tensor, time: Tensor, seen: Tensor, intent: Tensor | None) -> Tensor:
-        """noisy [B, H, A], time [B], seen [B, n, d], intent [B, H, d] -> [B, H, A]."""
+        """noisy [B, H, A], time [B], intent [B, H, d] -> [B, H, A]; seen [b, n, d] serves B / b rows each."""
         tokens = self.enter(noisy) + self.place
         if intent is not None:
             tokens = tokens + intent
-        condition = self.time(time) + seen.mean(dim=1)
+        condition = self.time(time) + seen.mean(dim=1).repeat_interleave(len(noisy) // len(seen), 0)
         for block in self.blocks:
             tokens = block(tokens, condition, seen)
         return self.leave(self.norm(tokens))
@@ -223,8 +225,8 @@ class Libra(nn.Module):
     def forward(self, batch: Mapping[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch` as `space.to_tensors` gives it, with F = M observed frames H apart, L actions and tokens."""
         c = self.config
-        valid = valid_steps(batch["is_pad"], batch["dims"])
-        valid = valid & (batch["tokens"] < c.bins)
+        is_pad = batch["is_pad"] | batch["tokens_is_pad"] if "tokens_is_pad" in batch else batch["is_pad"]
+        valid = valid_steps(is_pad, batch["dims"]) & (batch["tokens"] < c.bins)
         bins = batch["tokens"].clamp(max=c.bins)
         logits = self.planner(
             [frames[:, 0] for frames in batch["images"]], batch["state"][:, 0], batch["text"]
@@ -262,10 +264,11 @@ class Libra(nn.Module):
             target = residual.clamp(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
         intent = None if c.intent == "none" else refiner.intent(bins)
 
-        level = draws.integers(c.levels, c.noise_draws).T.flatten()  # [noise_draws * B]
-        noise = draws.normal(c.noise_draws, c.chunk, target.shape[-1]).transpose(0, 1).flatten(0, 1)
-        seen, target, valid = (x.repeat(c.noise_draws, 1, 1) for x in (seen, target, valid))
-        intent = None if intent is None else intent.repeat(c.noise_draws, 1, 1)
+        # Every observation serves K = noise_draws noise levels; rows are [B * K] from here on.
+        level = draws.integers(c.levels, c.noise_draws).flatten()
+        noise = draws.normal(c.noise_draws, *target.shape[1:]).flatten(0, 1)
+        target, valid = (x.repeat_interleave(c.noise_draws, 0) for x in (target, valid))
+        intent = None if intent is None else intent.repeat_interleave(c.noise_draws, 0)
         noisy = diffuse(target, noise, self.schedule[level])
         out = refiner.denoise(noisy, level.float() / c.levels, seen, intent)
         return masked_mean((out.float() - (noise if c.prediction == "epsilon" else target)) ** 2, valid)
@@ -417,3 +420,30 @@ class LibraPolicy:
             return bin_centre(bins, self.model.config.bins)
         noise = torch.randn(bins.shape, generator=self.generator).to(bins.device)
         return self.model.refine(*seen, bins, noise)
+
+
+# -- how `train` and `evaluate` know it -------------------------------------------------------------------
+
+
+def _spec(config: Config, space: Space) -> StreamSpec:
+    """M observed frames H apart (frame 0 plans, each may refine), L actions."""
+    offsets = tuple(config.chunk * m for m in range(config.slices))
+    size = (config.image_size, config.image_size)
+    return StreamSpec(
+        columns=(STATE,),
+        cameras=space.cameras,
+        offsets=offsets,
+        chunks={"action": config.plan_steps},
+        size=size,
+    )
+
+
+RECIPE = Recipe(
+    name="libra",
+    config=Config,
+    targets=lambda config: ([f"tokens:N={config.bins}"], config.plan_steps),
+    spec=_spec,
+    build=Libra,
+    phases=lambda config, steps: [Phase("train", steps)],
+    policy=LibraPolicy,
+)

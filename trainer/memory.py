@@ -9,7 +9,7 @@ import numpy as np
 class MemoryBatches:
     """Rows of `columns` (arrays [n, ...] or lists of n) in shuffled epochs, each row once per epoch.
 
-    A global batch is `batch` rows for each of `world` processes; this process gets rows rank * batch onwards.
+    A global batch is `batch` rows for each of `world` processes, dealt in turn as `streams` deals them.
     What is left at an epoch's end is too short for a batch and waits for the next epoch's shuffle.
     """
 
@@ -30,9 +30,9 @@ class MemoryBatches:
         if self.position + self.batch * self.world > self.rows:
             self.epoch, self.position = self.epoch + 1, 0
             self._order = self._shuffle()
-        start = self.position + self.rank * self.batch
-        rows = self._order[start : start + self.batch]
-        self.position += self.batch * self.world
+        stop = self.position + self.batch * self.world
+        rows = self._order[self.position + self.rank : stop : self.world]
+        self.position = stop
         return {
             name: [column[i] for i in rows] if isinstance(column, list) else column[rows]
             for name, column in self.columns.items()

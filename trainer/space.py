@@ -4,7 +4,7 @@ A run keeps its Space in config.json, so that a checkpoint can be rolled out whe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Space:
     dims: tuple[bool, ...] = ()
     action_names: tuple[str, ...] = ()
     gripper_one_means: str = ""  # "open" or "close", where there is a gripper dimension
+    conventions: Mapping[str, Any] = field(default_factory=dict)  # the dataset's, from its manifest
 
     @property
     def state_dim(self) -> int:
@@ -63,6 +64,7 @@ class Space:
             "dims": list(self.dims),
             "action_names": list(self.action_names),
             "gripper_one_means": self.gripper_one_means,
+            "conventions": dict(self.conventions),
         }
 
     @classmethod

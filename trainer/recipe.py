@@ -1,0 +1,63 @@
+"""What a recipe is: the one value by which `train`, `evaluate` and the command line know it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from ..schemas.errors import UsageError, unknown_name
+from ..streams.stream import StreamSpec
+from .loop import Options, Phase
+from .policy import Policy
+from .space import Space
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Functions of a recipe's own `config` (a frozen dataclass whose every field has a default).
+
+    targets    requests for `open_targets`, and the horizon they are chunked to
+    spec       what the stream shows
+    build      config and space -> an Objective (see `loop.py`); no weight is read from elsewhere
+    phases     the stretches `steps` are divided into
+    policy     a trained model -> a Policy
+    """
+
+    name: str
+    config: type
+    targets: Callable[[Any], tuple[list[str], int]]
+    spec: Callable[[Any, Space], StreamSpec]
+    build: Callable[[Any, Space], Any]
+    phases: Callable[[Any, int], list[Phase]]
+    policy: Callable[[Any, int], Policy]
+    steps: int = 2000
+    options: Options = field(default_factory=Options)
+
+
+def resolve(kind: str, cls: type, overrides: Mapping[str, Any]) -> Any:
+    """A dataclass from its defaults and `overrides`, whose values may be words of a command line."""
+    hints = get_type_hints(cls)
+    names = [entry.name for entry in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    for name, value in overrides.items():
+        key = name.replace("-", "_")
+        if key not in names:
+            raise unknown_name(f"option of {kind}", key, names)
+        values[key] = _parse(f"{kind} {key}", value, hints[key])
+    return cls(**values)
+
+
+def _parse(what: str, value: Any, kind: Any) -> Any:
+    if not isinstance(value, str) or kind is str:
+        return tuple(value) if isinstance(value, list) else value
+    try:
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
+                value.lower()
+            ]
+        if kind in (int, float):
+            return kind(value)
+        inner = getattr(kind, "__args__", (str,))[0]
+        return tuple(inner(part) for part in value.split(",") if part)
+    except (KeyError, ValueError):
+        raise UsageError(f"{what}: '{value}' is not {getattr(kind, '__name__', kind)}") from None

@@ -1,0 +1,332 @@
+"""One training run: a dataset, a recipe and a folder become a policy.
+
+    result = train("libra", Path("lerobot/libero"), Path("runs/libra/libero"), steps=2000)
+
+Files of a run, beside those of `loop.py`
+    config.json   recipe, config, options, space, dataset, targets' contracts, git commit: written first
+    result.json   steps, last metrics, checkpoint: written last, so its presence means complete
+
+The same call over an unfinished run goes on with it; over a finished one it changes nothing. Other options
+over either are refused by name.
+"""
+
+import dataclasses
+import json
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..schemas.contract import plain
+from ..schemas.errors import DataError, UsageError
+from ..schemas.normalisers import DEFAULT_MODE, Normaliser, make_normaliser
+from ..streams.dataset import Dataset, contents_digest, open_dataset
+from ..streams.stream import open_stream
+from ..streams.targets import Targets, open_targets
+from . import open_recipe
+from .loop import Options, Phase, Say, fit, load_checkpoint, make_accelerator, write_atomically
+from .recipe import Recipe, resolve
+from .space import IMAGE, STATE, Space, to_tensors
+
+RESULT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run says of itself."""
+
+    run_dir: Path
+    recipe: str
+    steps: int
+    metrics: Mapping[str, float]
+    checkpoint: Path
+    resumed: bool
+
+    @property
+    def message(self) -> str:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"{self.recipe}: {self.steps} steps, {told}\n  {self.checkpoint}"
+
+
+def train(
+    recipe: str,
+    dataset_root: Path,
+    run_dir: Path,
+    *,
+    steps: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    split: str = "train",
+    targets: Path | None = None,
+    frames: str = "auto",
+    say: Say = print,
+    stop_after: int | None = None,
+) -> Result:
+    """Train `recipe` on a dataset; see the module text for what lies in `run_dir` afterwards.
+
+    `config` and `options` override the recipe's `Config` and the loop's `Options` by name (values or words).
+    `targets` is the folder of targets where it is not the dataset's own; `frames` as for `open_stream`.
+    `stop_after` leaves after so many steps of this call, with `Interrupted`.
+    """
+    made = open_recipe(recipe)
+    resolved = resolve(recipe, made.config, config or {})
+    chosen = resolve("train", Options, {**_given(made.options), **(options or {})})
+    steps = steps or made.steps
+    dataset = open_dataset(dataset_root)
+    supervision = _targets(made, resolved, dataset, targets)
+    space = space_of(dataset, supervision)
+    terms = {
+        "recipe": recipe,
+        "steps": steps,
+        "config": dataclasses.asdict(resolved),
+        "options": dataclasses.asdict(chosen),
+        "split": split,
+        "dataset": dataset_digest(dataset),
+        "targets": {name: contract.digest for name, contract in supervision.contracts.items()},
+        "space": space.to_json(),
+    }
+    accelerator = make_accelerator(chosen)
+    _settle_terms(run_dir, terms, dataset, supervision, accelerator.is_main_process)
+    done = finished(run_dir)
+    if done is not None:
+        return done
+
+    torch.manual_seed(chosen.seed)
+    model = made.build(resolved, space)
+    spec = made.spec(resolved, space)
+    resumed = load_checkpoint(run_dir / "checkpoints") is not None
+    begin = time.monotonic()
+
+    def open_batches(phase: Phase, rank: int, world: int) -> "SupervisedBatches":
+        share = chosen.batch_size // (world * chosen.accumulate)
+        stream = open_stream(
+            dataset, spec, split, share, seed=chosen.seed, rank=rank, world=world, frames=frames
+        )
+        return SupervisedBatches(stream.endless(), supervision)
+
+    metrics = fit(
+        model,
+        open_batches,
+        made.phases(resolved, steps),
+        chosen,
+        run_dir,
+        lambda batch, device: to_tensors(batch, space, device),
+        say,
+        accelerator,
+        stop_after,
+    )
+    saved = load_checkpoint(run_dir / "checkpoints")
+    assert saved is not None
+    if accelerator.is_main_process:
+        result = {
+            "dpipe": RESULT_VERSION,
+            "recipe": recipe,
+            "steps": steps,
+            "metrics": metrics or _last_metrics(run_dir),
+            "checkpoint": saved.folder.name,
+            "seconds": round(time.monotonic() - begin, 1),
+        }
+        write_atomically(run_dir / "result.json", json.dumps(result, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    result = finished(run_dir)
+    assert result is not None
+    return dataclasses.replace(result, resumed=resumed)
+
+
+class SupervisedBatches:
+    """A stream's batches with their targets looked up by row."""
+
+    def __init__(self, batches: Any, targets: Targets) -> None:
+        self._batches, self._targets = batches, targets
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._batches)
+        return {**batch, **self._targets.take(index=batch["index"])} if self._targets.names else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._batches.load_state_dict(state)
+
+
+# -- what a run is made of --------------------------------------------------------------------------------
+
+
+def space_of(dataset: Dataset, targets: Targets | None = None) -> Space:
+    """What a policy of this dataset sees and does; actions are scaled as its targets were, if it has any."""
+    for column in (STATE, "action"):
+        if column not in dataset.vectors:
+            raise DataError(
+                f"{dataset.root} has no column '{column}'\n  found: {', '.join(dataset.vectors)}\n"
+                "  A policy needs both what the robot feels and what it is told to do."
+            )
+    missing = [name for name in (STATE, "action") if not dataset.stats.get(name)]
+    if missing:
+        raise DataError(
+            f"{dataset.root} has no statistics of {', '.join(missing)}\n  Make them:  dpipe precompute stats"
+        )
+    names = dataset.names("action")
+    conventions = (dataset.manifest or {}).get("conventions", {})
+    gripper = conventions.get("gripper_action") or {}
+    means = next((word for word, value in gripper.items() if value == 1), "")
+    state = {name: np.asarray(dataset.stats[STATE][name], np.float64).reshape(-1) for name in ("mean", "std")}
+    return Space(
+        cameras=tuple(name for name in dataset.cameras if name.startswith(IMAGE)),
+        state_mean=tuple(state["mean"].tolist()),
+        state_std=tuple(state["std"].tolist()),
+        action=_action_normaliser(targets)
+        or make_normaliser(DEFAULT_MODE, dataset.stats["action"], names=names),
+        fps=dataset.fps,
+        action_names=names,
+        gripper_one_means=means,
+        conventions=dict(conventions),
+    )
+
+
+def _action_normaliser(targets: Targets | None) -> Normaliser | None:
+    """The normaliser the targets were made under, read beside them and held to their contract."""
+    for column in targets.columns if targets else ():
+        for folder in column.folders:
+            path = folder.path / "prepared.json"
+            facts = json.loads(path.read_text()).get("facts", {}) if path.is_file() else {}
+            if folder.contract.normaliser and "normaliser" in facts:
+                normaliser = Normaliser.from_json(facts["normaliser"])
+                folder.contract.check(str(folder.path), normaliser=normaliser.digest)
+                return normaliser
+    return None
+
+
+def _targets(recipe: Recipe, config: Any, dataset: Dataset, folder: Path | None) -> Targets:
+    """The recipe's targets, refused before anything runs where they were made for something else."""
+    requests, horizon = recipe.targets(config)
+    stages = {text.partition(":")[0] for text in requests}
+    expect = {stage: {"fps": dataset.fps} for stage in stages}
+    return open_targets(dataset, requests, horizon, folder, expect)
+
+
+def dataset_digest(dataset: Dataset) -> dict[str, Any]:
+    """Which data a run saw: the name, its size and a digest over the contents of its episodes."""
+    digest = contents_digest(dataset.contents())
+    return {"name": dataset.name, "episodes": len(dataset), "frames": dataset.total_frames, "digest": digest}
+
+
+def _settle_terms(
+    run_dir: Path, terms: Mapping[str, Any], dataset: Dataset, targets: Targets, main: bool
+) -> None:
+    """Write config.json, or hold what is there to the same terms."""
+    path = run_dir / "config.json"
+    terms = plain(terms)
+    if path.is_file():
+        found = json.loads(path.read_text())["terms"]
+        differs = list(_differences(found, terms))
+        if differs:
+            raise UsageError(
+                f"{run_dir} holds a run of other terms\n  " + "\n  ".join(differs) + "\n"
+                "  Give the new run a name of its own:  --name NEW"
+            )
+        return
+    if not main:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "terms": terms,
+        "dataset_root": str(dataset.root),
+        "contracts": {name: contract.to_json() for name, contract in targets.contracts.items()},
+        "commit": git_commit(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    write_atomically(path, json.dumps(plain(provenance), indent=1) + "\n")
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """Every entry that differs, as `config.bins: 10 there, 20 now`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted({*found, *wanted})
+        inner = [
+            _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in keys
+        ]
+        return [line for lines in inner for line in lines]
+    return [] if found == wanted else [f"{name}: {found} there, {wanted} now"]
+
+
+def _given(options: Options) -> dict[str, Any]:
+    return {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(options)}
+
+
+def git_commit() -> str:
+    """The commit this package stands at, with "+" where files differ from it; "" outside a checkout."""
+    root = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        run = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("+" if commit and git("status", "--porcelain", "--untracked-files=no") else "")
+    except FileNotFoundError:
+        return ""
+
+
+def finished(run_dir: Path) -> Result | None:
+    """The result of a complete run, None where there is none."""
+    path = run_dir / "result.json"
+    if not path.is_file():
+        return None
+    told = json.loads(path.read_text())
+    folder = run_dir / "checkpoints" / told["checkpoint"]
+    return Result(run_dir, told["recipe"], told["steps"], told["metrics"], folder, False)
+
+
+def _last_metrics(run_dir: Path) -> dict[str, float]:
+    """Metrics of the last logged step, for a run killed between its last step and its result."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(lines[-1]) if lines else {}
+    extra = {"step", "phase", "lr", "gradient_norm", "samples_per_second", "data_wait"}
+    return {name: value for name, value in row.items() if name not in extra}
+
+
+# -- reading a run back -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run opened for use."""
+
+    recipe: Recipe
+    config: Any
+    space: Space
+    model: Any
+    provenance: Mapping[str, Any]
+    step: int
+
+
+def open_run(run_dir: Path, device: str = "cpu", averaged: bool = True) -> Trained:
+    """The newest checkpoint of a run, finished or not; the weights' average where one was kept."""
+    from safetensors.torch import load_file
+
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise UsageError(f"no run in {run_dir}\n  expected config.json, written by dpipe train")
+    provenance = json.loads(path.read_text())
+    terms = provenance["terms"]
+    saved = load_checkpoint(run_dir / "checkpoints")
+    if saved is None:
+        raise DataError(f"{run_dir} has no checkpoint yet\n  Train it first:  dpipe train {terms['recipe']}")
+    recipe = open_recipe(terms["recipe"])
+    config = resolve(terms["recipe"], recipe.config, terms["config"])
+    space = Space.from_json(terms["space"])
+    model = recipe.build(config, space)
+    average = saved.folder / "ema.safetensors"
+    weights = average if averaged and average.is_file() else saved.folder / "model.safetensors"
+    model.load_state_dict(load_file(weights))
+    if hasattr(model, "restore"):
+        model.restore(saved.state["progress"])
+    return Trained(recipe, config, space, model.to(device).eval(), provenance, saved.step)
