@@ -304,8 +304,8 @@ def _show_plan(request: Any, as_json: bool) -> None:
     text = (
         f"convert {request.source}: {found.recordings} recordings, {found.episodes} episodes, {found.frames} frames "
         f"into {found.root}\n"
-        f"  to do: {found.todo_episodes} episodes, {found.todo_frames} frames, "
-        f"{found.pixels / 1e6:.0f} million pixels, {found.raw_bytes / 1e6:.1f} MB to read, {found.files} files to write\n"
+        f"  to do: {found.todo_episodes} episodes, {found.todo_frames} frames, {found.pixels / 1e6:.0f} million "
+        f"pixels, {found.raw_bytes / 1e6:.1f} MB to read, {found.files} files to write\n"
         f"  done: {found.episodes - found.todo_episodes} episodes; changed since: {len(found.changed)}; "
         f"to be left out: {len(found.dropped)}"
     )
@@ -649,6 +649,37 @@ def replay(
         f"from converted actions read by {result.reader}, {result.recorded_successes} as recorded"
     )
     _result(result.to_json(), text, as_json)
+
+
+# --- picture --------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("dataset")
+@click.option("--episode", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--bins", type=click.IntRange(2, 256), default=10, show_default=True, help="Coarse bins a dimension."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="PNG to write.  [DATASET-EPISODE.png in the workspace]"
+)
+@common
+def picture(
+    dataset: str, episode: int, bins: int, out: Path | None, workspace: Path | None, as_json: bool, **_: Any
+) -> None:
+    """One picture of one episode: its frames, its actions and the coarse bins they fall in.
+
+    \b
+    dpipe picture libero --episode 3
+    """
+    from .pipeline.picture import draw_episode
+    from .streams.dataset import open_dataset
+
+    space = _workspace(workspace)
+    root = space.find_dataset(dataset)
+    path = out or space.root / f"{root.name}-{episode:03d}.png"
+    draw_episode(open_dataset(root), episode, path, bins)
+    _result({"picture": str(path)}, f"episode {episode} of {root.name}: {path}", as_json)
 
 
 # --- shared ---------------------------------------------------------------------------------------------------
