@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.episode import VideoClip
-from ..schemas.errors import DataError, unknown_name
+from ..schemas.errors import DataError, UsageError, unknown_name
 from .encode import AV1, H264, Encoder
 from .mp4 import SampleTable, entry_box, read_table, write_mp4
 
@@ -108,9 +108,21 @@ def open_video(
     resize: tuple[int, int] | None = None,
 ) -> VideoReader:
     """A reader of the MP4 at `path`, or of its `size` bytes at `offset`; `resize` is (height, width)."""
-    name = choose_backend()[0] if backend == "auto" else backend
-    if name not in _OPENERS:
-        raise unknown_name("video backend", name, ("auto", *BACKENDS))
+    if backend == "auto":
+        name = choose_backend()[0]
+    elif backend in _OPENERS:
+        name = backend
+        problem = backend_problem(name)
+        if problem:
+            raise UsageError(f"video backend '{name}' does not work here: {problem}\n  Use 'auto'.")
+    else:
+        raise unknown_name("video backend", backend, ("auto", *BACKENDS))
+    return _open(path, name, offset, size, resize)
+
+
+def _open(
+    path: Path, name: str, offset: int = 0, size: int | None = None, resize: tuple[int, int] | None = None
+) -> VideoReader:
     table = read_table(path, offset, size)
     if len(table.shown) == 0:
         raise DataError(f"{path}: its edit list shows no frame")
@@ -151,7 +163,7 @@ def backend_problem(name: str) -> str | None:
                 clip = encoder.finish()
             write_mp4(path, clip.sample_entry, 64, 64, 10, [clip.run(path.with_suffix(".bin"))])
             try:
-                with open_video(path, name) as reader:
+                with _open(path, name) as reader:
                     error = np.abs(reader.read([2, 0]).astype(int) - grey[[2, 0]]).max()
             except Exception as problem:  # noqa: BLE001 - a foreign library may fail in any way; say which
                 return f"{codec.name}: {type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
@@ -389,8 +401,8 @@ def _decoder_context(table: SampleTable) -> "av.VideoCodecContext":
         context.extradata = _mpeg4_configuration(extradata) if configuration == b"esds" else extradata
     context.options = {
         "err_detect": "explode",
-        # coded pictures are padded to whole blocks, 128 pixels at most
-        "max_pixels": str((table.width + 128) * (table.height + 128)),
+        # coded pictures are padded to whole blocks and edges
+        "max_pixels": str((table.width + 256) * (table.height + 256)),
         # with B-frames: wait as long as the standard allows, or the decoder drops what comes out of order
         "strict": "1" if (np.diff(table.ranks) < 0).any() else "0",
     }
@@ -438,7 +450,7 @@ class _Painter:
         if stored:
             # ffmpeg's numbers (AVColorSpace 1 BT.709, 4 FCC, 7 SMPTE 240M, 9 BT.2020) are swscale's too
             matrix = frame.colorspace if frame.colorspace in (1, 4, 7, 9) else 5  # BT.601
-            full = frame.color_range == 2 and not frame.format.name.startswith("yuvj")
+            full = frame.color_range == 2 or frame.format.name.startswith("yuvj")
             colour = {
                 "src_colorspace": int(matrix),
                 "dst_colorspace": 5,
@@ -528,8 +540,8 @@ def _import_decord() -> Any:
     return decord
 
 
-# Those it returns every frame of exactly after a seek; in MPEG-4 part 2 with B-frames it does not (3.4).
-_DECORD_CODECS = ("h264", "hevc", "av1", "vp9")
+# Those decord2 3.4 returns every frame of: it stops in HEVC with B-frames, and seeks wrongly in MPEG-4 part 2.
+_DECORD_CODECS = ("h264", "av1")
 
 
 def _open_decord(
@@ -537,7 +549,7 @@ def _open_decord(
 ) -> tuple[Frames, Callable[[], None]]:
     if table.codec not in _DECORD_CODECS or table.has_open_gops:
         kind = f"{table.codec} with open groups of pictures" if table.has_open_gops else table.codec
-        raise DataError(f"{table.path}: decord seeks wrongly in {kind}; use the pyav backend")
+        raise DataError(f"{table.path}: decord does not read every frame of {kind}; use the pyav backend")
     decord = _import_decord()
     whole = offset == 0 and size == table.path.stat().st_size
     if not whole and size > MAX_IN_MEMORY:
