@@ -16,6 +16,7 @@ computes one episode. Dataset part k and target part k hold the same episodes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,17 +24,18 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..schemas.contract import ArraySpec, Contract, canonical_json, plain
+from ..schemas.contract import ArraySpec, Contract, canonical_json, digest_of, plain
 from ..schemas.errors import DataError, UsageError
 from ..stages import (
     DatasetInfo,
     EpisodeView,
+    FrameWish,
     Prepared,
     Run,
     Stage,
@@ -43,6 +45,7 @@ from ..stages import (
 )
 from ..streams.arrays import ArrayWriter, open_array, write_group
 from ..streams.dataset import Dataset, contents_digest, open_dataset
+from ..streams.targets import pixel_identity
 from .durable import exclusive, remove_temporaries, require_space, temporary_name, write_file, write_json
 from .execute import Failure, open_executor, stop_requests
 from .progress import Progress
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
 
 TARGETS = Path("dpipe") / "targets"
 PREFETCHED_BLOCKS = 2
+WAITING_BLOCKS = 4
+COPIED_ROWS = 1024
 NEAR_FRAMES = 8  # frames further apart than this are decoded one by one rather than read through
 
 
@@ -81,6 +86,7 @@ class DiskDataset:
     dataset: Dataset
     info: DatasetInfo = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    ahead: dict[str, _DecodedAhead] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.info = dataset_info(self.dataset)
@@ -108,7 +114,7 @@ def dataset_info(dataset: Dataset) -> DatasetInfo:
 
 @dataclass
 class DiskEpisode:
-    """An `EpisodeView`: columns on demand, frames decoded one block ahead in a thread of their own."""
+    """An `EpisodeView`: columns on demand, frames decoded ahead in a thread of their own."""
 
     owner: DiskDataset
     index: int
@@ -127,52 +133,110 @@ class DiskEpisode:
         return {name: values.reshape(len(values), -1) for name, values in found.items()}
 
     def images(self, camera: str, rows: NDArray[np.int64], block: int) -> Iterator[NDArray[np.uint8]]:
-        blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
-        ready: queue.Queue[Any] = queue.Queue(PREFETCHED_BLOCKS)
-        abandoned = threading.Event()
-
-        def decode() -> None:
-            try:
-                for wanted in blocks:
-                    self._put(ready, self._decode(camera, wanted), abandoned)
-                    if abandoned.is_set():
-                        return
-                self._put(ready, None, abandoned)
-            except BaseException as error:  # noqa: BLE001 - raised again where the block was waited for
-                self._put(ready, error, abandoned)
-
-        thread = threading.Thread(target=decode, daemon=True)
-        thread.start()
+        ahead = self.owner.ahead.get(camera)
+        wanted = [(self.index, camera, rows[i : i + block]) for i in range(0, len(rows), block)]
+        if ahead is not None and ahead.serves(wanted):
+            for _ in wanted:
+                yield ahead.next()
+            return
+        own = _DecodedAhead(self.owner, wanted)
         try:
-            while True:
-                item = ready.get()
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            for _ in wanted:
+                yield own.next()
         finally:
-            abandoned.set()
-            thread.join()
+            own.close()
 
-    @staticmethod
-    def _put(ready: queue.Queue[Any], item: Any, abandoned: threading.Event) -> None:
-        while not abandoned.is_set():
+
+Wanted = tuple[int, str, "NDArray[np.int64]"]  # episode, camera, rising rows of one block
+
+
+class _DecodedAhead:
+    """Blocks of frames decoded in a thread while the caller works on those before, across episodes."""
+
+    def __init__(self, owner: DiskDataset, wanted: Sequence[Wanted]) -> None:
+        self._owner, self._wanted = owner, list(wanted)
+        self._given = 0
+        self._ready: queue.Queue[Any] = queue.Queue(PREFETCHED_BLOCKS)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._decode_all, daemon=True)
+        self._thread.start()
+
+    def serves(self, wanted: Sequence[Wanted]) -> bool:
+        """Whether these are exactly the next blocks."""
+        mine = self._wanted[self._given : self._given + len(wanted)]
+        return len(mine) == len(wanted) and all(
+            a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in zip(mine, wanted, strict=True)
+        )
+
+    def next(self) -> NDArray[np.uint8]:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._given += 1
+        return item
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _decode_all(self) -> None:
+        try:
+            for episode, camera, rows in self._wanted:
+                if not self._put(self._decode(episode, camera, rows)):
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again where the block was waited for
+            self._put(error)
+
+    def _put(self, item: Any) -> bool:
+        while not self._closed.is_set():
             try:
-                ready.put(item, timeout=0.1)
-                return
+                self._ready.put(item, timeout=0.1)
+                return True
             except queue.Full:
                 continue
+        return False
 
-    def _decode(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _decode(self, episode: int, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         # One decoder per file is kept open by the dataset: two cameras take turns.
-        with self.owner.lock:
-            read = self.owner.dataset.frames
+        with self._owner.lock:
+            read = self._owner.dataset.frames
             if len(rows) > 1 and np.diff(rows).max() > NEAR_FRAMES:
-                return np.concatenate([read(self.index, camera, int(t), int(t) + 1) for t in rows])
+                return np.concatenate([read(episode, camera, int(t), int(t) + 1) for t in rows])
             first = int(rows[0])
-            frames = read(self.index, camera, first, int(rows[-1]) + 1)
+            frames = read(episode, camera, first, int(rows[-1]) + 1)
             return frames if len(frames) == len(rows) else frames[rows - first]
+
+
+class _Sink:
+    """Appends blocks to arrays in a thread of its own, so that writing hides behind the next block's work."""
+
+    def __init__(self, writers: Mapping[str, ArrayWriter]) -> None:
+        self._writers = writers
+        self._waiting: queue.Queue[Any] = queue.Queue(WAITING_BLOCKS)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write_all, daemon=True)
+        self._thread.start()
+
+    def put(self, name: str, rows: NDArray[Any]) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiting.put((name, rows))
+
+    def finish(self) -> None:
+        """Everything is written; raises what went wrong on the way."""
+        self._waiting.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _write_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if self._error is not None:
+                continue  # drain, so that whoever puts never waits for ever
+            try:
+                self._writers[item[0]].append(item[1])
+            except BaseException as error:  # noqa: BLE001 - raised again in the stage's own thread
+                self._error = error
 
 
 # --- one target ---------------------------------------------------------------------------------------------
@@ -261,8 +325,18 @@ class _TargetRun:
         self.terms = {
             "stage": self.stage.name,
             "version": self.stage.version,
-            "params": plain(asdict(self.params)),
+            "params": {
+                entry.name: plain(getattr(self.params, entry.name))
+                for entry in fields(self.params)
+                if entry.metadata.get("key", True)  # where and how fast it runs changes no target
+            },
         }
+        cameras = [wish.camera for wish in self.stage.wishes(self.params, self.view.info)]
+        self.pixels = (
+            digest_of([pixel_identity(self.dataset, camera) for camera in cameras]) if cameras else ""
+        )
+        if len(cameras) == 1:
+            self.pixels = pixel_identity(self.dataset, cameras[0])
 
     def make(self, workers: int, scheduler: str | None, max_time_s: float | None) -> TargetMade:
         self._refuse_other_terms()
@@ -368,7 +442,7 @@ class _TargetRun:
         for part, episodes in enumerate(self.dataset.parts()):
             contents = tuple(self.contents[e] for e in episodes)
             lengths = [int(self.dataset.episodes.length[e]) for e in episodes]
-            text = canonical_json([self.terms, settled, contents, lengths, self.compress])
+            text = canonical_json([self.terms, settled, contents, lengths, self.pixels, self.compress])
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
             jobs.append(
                 PartJob(
@@ -391,13 +465,16 @@ class _TargetRun:
     ) -> dict[str, dict[str, tuple[str, int, int]]]:
         """content -> array -> where its rows lie in the target as it stands, if it was made on the same terms."""
         path = self.folder / "contract.json"
-        if not path.is_file() or _read_json(path)["prepared"] != prepared_digest(prepared):
+        if not path.is_file():
+            return {}
+        found = _read_json(path)
+        if found["prepared"] != prepared_digest(prepared) or found["contract"]["pixels"] != self.pixels:
             return {}
         index = read_index(self.folder)
-        found: dict[str, dict[str, tuple[str, int, int]]] = {}
+        places: dict[str, dict[str, tuple[str, int, int]]] = {}
         for i, content in enumerate(index.get("content", [])):
             part = f"part-{index['part'][i]:05d}-{index['key'][i]}"
-            found[content] = {
+            places[content] = {
                 spec.name: (
                     f"{spec.name}/{part}",
                     index[f"{spec.axis}_start"][i],
@@ -405,7 +482,7 @@ class _TargetRun:
                 )
                 for spec in specs
             }
-        return found
+        return places
 
     def _is_done(self, job: PartJob, specs: Sequence[ArraySpec]) -> bool:
         if not receipt_path(job).is_file():
@@ -442,6 +519,7 @@ class _TargetRun:
             source=contents_digest(self.contents),
             fps=self.dataset.fps,
             params=self.terms["params"],
+            pixels=self.pixels,
             **prepared.contract,
         )
         done = {
@@ -481,55 +559,80 @@ def make_part(job: PartJob) -> dict[str, Any]:
     view, stage, run, specs = _opened(job)
     paths = {spec.name: array_path(job.folder, spec, job.part, job.key) for spec in specs}
     writers = {spec.name: ArrayWriter(paths[spec.name], spec, job.level) for spec in specs}
+    sink = _Sink(writers)
     episodes: list[dict[str, Any]] = []
-    computed = 0
+    mine = [e for e, content in zip(job.episodes, job.contents, strict=True) if content not in job.copies]
     try:
+        view.ahead = _decode_ahead(view, stage.wishes(job.params, view.info), mine)
         for position, content in zip(job.episodes, job.contents, strict=True):
             episode = view.episode(position)
-            before = {name: writer.rows for name, writer in writers.items()}
-            if content in job.copies:
-                for name, (place, start, rows) in job.copies[content].items():
-                    old = open_array(job.folder / place)
-                    for first in range(start, start + rows, 4096):
-                        writers[name].append(np.asarray(old[first : min(first + 4096, start + rows)]))
-            else:
-                computed += 1
-                for block in run(episode):
-                    for name, rows in block.items():
-                        writers[name].append(rows)
-            counts = {spec.axis: writers[spec.name].rows - before[spec.name] for spec in specs}
-            _check_rows(stage, specs, writers, before, counts, episode)
-            episodes.append({"content": content, "frames": episode.frames, "rows": counts})
+            rows = {spec.name: 0 for spec in specs}
+            blocks = _copied(job, content) if content in job.copies else run(episode)
+            for block in blocks:
+                for name, values in block.items():
+                    sink.put(name, values)
+                    rows[name] += len(values)
+            _check_rows(stage, specs, rows, episode)
+            episodes.append(
+                {
+                    "content": content,
+                    "frames": episode.frames,
+                    "rows": {spec.axis: rows[spec.name] for spec in specs},
+                }
+            )
+        sink.finish()
         rows = {spec.axis: writers[spec.name].rows for spec in specs}
         for spec in specs:
             if paths[spec.name].exists():  # left by a run that was killed before its receipt
                 shutil.rmtree(paths[spec.name])
             writers[spec.name].close()
     except BaseException:
+        with contextlib.suppress(BaseException):
+            sink.finish()
         for writer in writers.values():
             writer.abort()
         raise
+    finally:
+        for ahead in view.ahead.values():
+            ahead.close()
+        view.ahead = {}
     size = sum(spec.row_bytes * rows[spec.axis] for spec in specs)
     receipt = {"part": job.part, "key": job.key, "rows": rows, "bytes": size, "episodes": episodes}
     write_json(receipt_path(job), receipt, indent=None)
-    return {"receipt": receipt, "computed": computed, "copied": len(episodes) - computed, "bytes": size}
+    return {"receipt": receipt, "computed": len(mine), "copied": len(episodes) - len(mine), "bytes": size}
+
+
+def _copied(job: PartJob, content: str) -> Iterator[dict[str, NDArray[Any]]]:
+    """An episode's rows from an older part of the same target."""
+    for name, (place, start, rows) in job.copies[content].items():
+        old = open_array(job.folder / place)
+        for first in range(start, start + rows, COPIED_ROWS):
+            yield {name: np.asarray(old[first : min(first + COPIED_ROWS, start + rows)])}
+
+
+def _decode_ahead(
+    view: DiskDataset, wishes: Sequence[FrameWish], episodes: Sequence[int]
+) -> dict[str, _DecodedAhead]:
+    ahead = {}
+    for wish in wishes:
+        wanted: list[Wanted] = []
+        for e in episodes:
+            rows = np.arange(0, int(view.dataset.episodes.length[e]), wish.every)
+            wanted += [(e, wish.camera, rows[i : i + wish.block]) for i in range(0, len(rows), wish.block)]
+        ahead[wish.camera] = _DecodedAhead(view, wanted)
+    return ahead
 
 
 def _check_rows(
-    stage: Stage,
-    specs: Sequence[ArraySpec],
-    writers: Mapping[str, ArrayWriter],
-    before: Mapping[str, int],
-    counts: Mapping[str, int],
-    episode: EpisodeView,
+    stage: Stage, specs: Sequence[ArraySpec], rows: Mapping[str, int], episode: EpisodeView
 ) -> None:
     """Arrays of one axis have the same rows, and as many as their spec says: else frames and targets part."""
     for spec in specs:
-        rows = writers[spec.name].rows - before[spec.name]
-        expected = spec.rows(episode.frames) if spec.every else counts[spec.axis]
-        if rows != expected:
+        axis = next(rows[other.name] for other in specs if other.axis == spec.axis)
+        expected = spec.rows(episode.frames) if spec.every else axis
+        if rows[spec.name] != expected:
             raise AssertionError(
-                f"stage {stage.name} made {rows} rows of {spec.name} for episode {episode.index} "
+                f"stage {stage.name} made {rows[spec.name]} rows of {spec.name} for episode {episode.index} "
                 f"of {episode.frames} frames, not {expected}"
             )
 
@@ -672,8 +775,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def stage_options(stage: Stage) -> list[tuple[str, type, Any, str]]:
     """(option, type, default, help) of a stage, for the command line."""
-    from dataclasses import fields
-
     return [
         (
             f"--{entry.name.replace('_', '-')}",

@@ -82,6 +82,7 @@ class Contract:
     layer: str = ""
     preprocessing: str = ""  # digest of decode, crop, resize, pixel scaling
     camera: str = ""
+    pixels: str = ""  # digest of the camera's size and of how its pictures were turned
     dtype: str = ""
     horizon_frames: int = 0
     horizon_seconds: float = 0.0
@@ -92,7 +93,7 @@ class Contract:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()[:32]
+        return digest_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "params": dict(self.params)}
@@ -147,6 +148,11 @@ class Contract:
             f"augmentation '{wanted}' asked of target {self.stage}/{self.variant}, which holds: "
             f"{self.augmentation}\n  Augment the student's input only, or cache the view as well."
         )
+
+
+def digest_of(value: Any) -> str:
+    """32 hex digits over a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
 
 
 def canonical_json(data: Any) -> str:

@@ -24,6 +24,7 @@ from ..schemas.errors import UsageError, unknown_name
 from ..schemas.features import CAMERA_PREFIX
 
 STAGES = {
+    "foresight": "a frozen vision tower's tokens of every frame (dial)",
     "tokens": "coarse-bin action tokens and the report that chooses N (libra)",
     "stats": "exact statistics of columns, also relative to the chunk start (any trainer)",
 }
@@ -70,6 +71,15 @@ class DatasetInfo:
 
 def short_camera(name: str) -> str:
     return name.removeprefix(CAMERA_PREFIX)
+
+
+@dataclass(frozen=True)
+class FrameWish:
+    """Every k-th frame of one camera, in blocks: exactly what `EpisodeView.images` is then asked for."""
+
+    camera: str
+    every: int
+    block: int
 
 
 class EpisodeView(Protocol):
@@ -157,8 +167,8 @@ class Stage:
     """JSON for report.json; pictures go into the folder given."""
     uses_model: Callable[[Any], bool] = lambda params: False
     """Whether the work is a model's forward pass: it then runs in one process, with all its threads."""
-    camera: Callable[[Any, DatasetInfo], str] = lambda params, info: ""
-    """The camera whose frames it decodes, "" for none: for plans."""
+    wishes: Callable[[Any, DatasetInfo], tuple[FrameWish, ...]] = lambda params, info: ()
+    """The frames it will ask of every episode, so that they are decoded ahead, across episodes."""
 
 
 def load_stage(name: str) -> Stage:

@@ -34,6 +34,7 @@ from ..schemas.errors import DataError
 # Inner chunks hold at least one row and about this many bytes: small enough that any Zarr reader touches
 # little more than the rows it wants, large enough that the index stays below a thousandth of the data.
 CHUNK_BYTES = 64 * 1024
+SYNC_BYTES = 128 * 2**20
 
 _DTYPES = frozenset(
     [
@@ -66,6 +67,7 @@ class ArrayWriter:
             raise ValueError(f"array '{spec.name}': no Zarr v3 core type for {spec.dtype}")
         self.path, self.spec, self.level = path, spec, level
         self.rows = 0
+        self._unsynced = 0
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shutil.rmtree(self._temporary, ignore_errors=True)
         shard = self._temporary / "c" / Path(*["0"] * (1 + len(spec.shape)))
@@ -89,12 +91,21 @@ class ArrayWriter:
         little = np.ascontiguousarray(rows, dtype=self.spec.stored.newbyteorder("<"))
         if self.level is None:
             self._file.write(little.data if little.size else b"")
+            self._sync_some(little.nbytes)
             return
         # A copy, because compressing waits for whole chunks and the caller may reuse its buffer.
         self._waiting.append(little.copy())
         self._waiting_rows += len(rows)
         if self._waiting_rows >= self._chunk_rows:
             self._compress(whole_chunks_only=True)
+
+    def _sync_some(self, size: int) -> None:
+        """Hand what was written to the disk now and then, so that `close` finds little left to wait for."""
+        self._unsynced += size
+        if self._unsynced >= SYNC_BYTES:
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            self._unsynced = 0
 
     def close(self) -> Path:
         """Write index and metadata, make them durable, give the array its name."""
@@ -225,7 +236,7 @@ def open_array(path: Path, verify: bool = False) -> NDArray[Any] | CompressedRow
     """The array [T, ...] as a read-only memory map, or rows decompressed on demand where it is compressed.
 
     A file shorter or longer than its metadata promises is refused; `verify` also checks the index's crc32c.
-    bfloat16 comes as its uint16 bits (`bfloat16_to_float32`).
+    bfloat16 comes as its uint16 bits (`schemas/bfloat16.py`).
     """
     data = _metadata_of(path)
     shape = tuple(int(n) for n in data["shape"])
@@ -299,19 +310,6 @@ class CompressedRows:
             packed = file.read(size)
         plain = Zstd().decode(packed)
         return np.frombuffer(plain, self.dtype).reshape(self._chunk_rows, *self.shape[1:])
-
-
-def float32_to_bfloat16(values: NDArray[np.floating]) -> NDArray[np.uint16]:
-    """float32 -> the bits of the nearest bfloat16, ties to even; NaN stays NaN."""
-    wide = np.ascontiguousarray(values, dtype=np.float32)
-    bits = wide.view(np.uint32)
-    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded)
-
-
-def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """bfloat16 bits -> float32, exactly."""
-    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
 def _index_bytes(sizes: Sequence[int]) -> bytes:

@@ -26,18 +26,20 @@ Legend   B samples, H steps of a chunk, T frames of an episode
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schemas.contract import BFLOAT16, ArraySpec, Contract
+from ..schemas.bfloat16 import bfloat16_to_float32
+from ..schemas.contract import BFLOAT16, ArraySpec, Contract, digest_of
 from ..schemas.errors import DataError, UsageError, unknown_name
 from ..schemas.features import CAMERA_PREFIX
-from .arrays import CompressedRows, bfloat16_to_float32, open_array
+from .arrays import CompressedRows, open_array
 
 if TYPE_CHECKING:
     from .dataset import Dataset
@@ -160,7 +162,7 @@ def open_targets(
     an `augmentation` of the pixels that a cached feature cannot follow. With `allow_missing`, episodes
     without targets are an error only when they are looked up.
     """
-    table, root, wanted = _episode_table(dataset)
+    table, root, wanted, pixels = _episode_table(dataset)
     bases = _target_folders(targets, root)
     columns: list[_Column] = []
     for text in requests:
@@ -169,6 +171,9 @@ def open_targets(
         for folder in folders:
             folder.contract.check(str(folder.path), **(expect or {}).get(request.stage, {}))
             folder.contract.check_augmentation(augmentation)
+            seen = pixels(folder.contract.camera) if pixels else ""
+            if seen and folder.contract.pixels:
+                folder.contract.check(str(folder.path), pixels=seen)
         for folder in folders[1:]:
             shared = {name: getattr(folders[0].contract, name) for name in SHARED_TERMS}
             folder.contract.check(str(folder.path), **shared)
@@ -186,7 +191,7 @@ def open_targets(
     twice = sorted({column.name for column in columns if names.count(column.name) > 1})
     if twice:
         raise UsageError(f"two targets are called '{twice[0]}'\n  Name one of them:  ...,as=OTHER")
-    return Targets(table, columns)
+    return Targets(table, columns, root)
 
 
 @dataclass
@@ -195,6 +200,8 @@ class Targets:
 
     table: EpisodeTable
     columns: list[_Column]
+    root: Path | None = None
+    _dataset: Dataset | None = field(default=None, repr=False)
     _open: dict[Path, NDArray[Any] | CompressedRows] = field(default_factory=dict, repr=False)
     _scales: dict[Path, NDArray[Any]] = field(default_factory=dict, repr=False)
 
@@ -203,7 +210,7 @@ class Targets:
         self._length = np.asarray(self.table.lengths, dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_scales": {}}
+        return self.__dict__ | {"_open": {}, "_scales": {}, "_dataset": None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -283,6 +290,8 @@ class Targets:
         self, column: _Column, spec: ArraySpec, episodes: NDArray[np.int64], local: NDArray[np.int64]
     ) -> NDArray[Any]:
         """Rows of an array for local frames of any shape: [..., *row]."""
+        if "compute" in spec.attributes:
+            return self._computed(column, spec, episodes, local)
         places = column.places
         if spec.every:
             row = local // spec.every
@@ -303,6 +312,28 @@ class Targets:
                 here = files == file
                 values[here] = self._array(column, spec, int(file))[row[here]]
         return self._decoded(column, spec, values)
+
+    def _computed(
+        self, column: _Column, spec: ArraySpec, episodes: NDArray[np.int64], local: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """An in-loop target: the frames are decoded here and its stage computes what a cache would hold."""
+        from .dataset import open_dataset
+
+        if self.root is None:
+            raise UsageError(
+                f"target '{column.request.text}' is computed from frames: give the dataset's folder"
+            )
+        if self._dataset is None:
+            self._dataset = open_dataset(self.root)
+        folder = column.folders[0]
+        # Named by the target, not imported: reading targets must not need the stages' models.
+        compute = import_module(f"...stages.{spec.attributes['compute']}", __name__).compute_in_loop
+        pairs = np.stack([episodes.reshape(-1), local.reshape(-1)], axis=1)
+        unique, back = np.unique(pairs, axis=0, return_inverse=True)
+        camera = folder.contract.camera
+        frames = [self._dataset.frames(int(e), camera, int(t), int(t) + 1) for e, t in unique]
+        values = compute(folder.path, np.concatenate(frames))[back.reshape(-1)]
+        return values.reshape((*local.shape, *spec.shape))
 
     def _array(self, column: _Column, spec: ArraySpec, file: int) -> NDArray[Any] | CompressedRows:
         number, _, part = column.places.files[file].partition("/")
@@ -548,12 +579,26 @@ def _target_folders(targets: Any, root: Path | None) -> list[Path]:
     return [Path(folder) for folder in targets]
 
 
-def _episode_table(dataset: Any) -> tuple[EpisodeTable, Path | None, NDArray[np.int64] | None]:
-    """(contents and lengths, root folder, the episodes in use where the dataset is filtered)."""
+def pixel_identity(dataset: Dataset, camera: str) -> str:
+    """What a dataset says of a camera's pixels beyond its name: size, and how pictures were turned or cut.
+
+    Contents are action and state alone, so that this is what tells two conversions of one recording apart.
+    """
+    if camera not in dataset.cameras:
+        return ""
+    conventions = (dataset.manifest or {}).get("conventions") or {}
+    turned = {name: value for name, value in conventions.items() if "image" in name}
+    return digest_of([list(dataset.camera_size(camera)), turned])
+
+
+def _episode_table(
+    dataset: Any,
+) -> tuple[EpisodeTable, Path | None, NDArray[np.int64] | None, Callable[[str], str] | None]:
+    """(contents and lengths, root folder, episodes in use where filtered, what its cameras' pixels are)."""
     from .dataset import Dataset, open_dataset
 
     if isinstance(dataset, EpisodeTable):
-        return dataset, None, None
+        return dataset, None, None, None
     wanted = None
     if not isinstance(dataset, (str, Path, Dataset)):
         used = getattr(dataset, "episodes", None)
@@ -568,9 +613,11 @@ def _episode_table(dataset: Any) -> tuple[EpisodeTable, Path | None, NDArray[np.
     if not isinstance(dataset, Dataset):
         folder = Path(dataset)
         if _version(folder).startswith("v2."):
-            return _table_of_v21(folder), folder, wanted
+            return _table_of_v21(folder), folder, wanted, None
         dataset = open_dataset(folder)
-    return _table_of(dataset), dataset.root, wanted
+    opened = dataset
+    pixels = None if opened.manifest is None else lambda camera: pixel_identity(opened, camera)
+    return _table_of(opened), opened.root, wanted, pixels
 
 
 def _table_of(dataset: Dataset) -> EpisodeTable:

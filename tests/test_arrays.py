@@ -5,12 +5,11 @@ import os
 
 import numpy as np
 import pytest
+from dpipe.schemas.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
 from dpipe.schemas.contract import BFLOAT16, ArraySpec
 from dpipe.schemas.errors import DataError
 from dpipe.streams.arrays import (
     ArrayWriter,
-    bfloat16_to_float32,
-    float32_to_bfloat16,
     open_array,
     read_spec,
     write_array,

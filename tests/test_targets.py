@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dpipe.pipeline.precompute import precompute, read_index
+from dpipe.schemas.bfloat16 import float32_to_bfloat16
 from dpipe.schemas.contract import BFLOAT16, FIXED_VIEW, ArraySpec, Contract
 from dpipe.schemas.errors import DataError, UsageError
-from dpipe.streams.arrays import float32_to_bfloat16, write_array
+from dpipe.streams.arrays import write_array
 from dpipe.streams.dataset import open_dataset
 from dpipe.streams.targets import EpisodeTable, open_targets, parse_request
 from tiny_dataset import episode_columns, write_tiny
