@@ -12,6 +12,9 @@ from ..schemas.errors import DataError, unknown_name
 
 SAMPLERS: dict[str, str] = {
     "libero": "LIBERO demonstrations: HDF5 with upside-down images, observation after the action, 20 Hz",
+    "calvin": "CALVIN play data: one npz per frame with index files and language windows, 30 Hz",
+    "egodex": "EgoDex: a person's hand on the gripper's path, HDF5 skeleton and 1080p MP4, 30 fps",
+    "agibot": "AgiBot World: proprio_stats.h5 with three AV1 cameras and task_info, 30 fps",
 }
 
 

@@ -32,7 +32,7 @@ RETREAT_M = 0.075
 PLACE_M = 0.014  # an object is let go this far above the container
 # The hand aims this far below the height where it closes or opens, and so passes it at speed: a policy that
 # imitates a motion which only creeps up on its mark stops short of it and never acts.
-THROUGH_M = 0.012
+THROUGH_M = 0.008
 ALIGNED_M = 0.006
 LEAN_RAD = 0.15
 FUNNEL_M = 0.030  # the hand comes down within this distance of its mark

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .expert import Expert
 from .panda import Array, link_frames, rotvec_between, rotvec_to_matrix
@@ -76,6 +75,18 @@ class Frames:
 
     def __len__(self) -> int:
         return len(self.finger)
+
+    def first(self, count: int) -> "Frames":
+        """Its first `count` frames."""
+        return Frames(
+            self.fps,
+            self.joint_pos[:count],
+            self.ee_pos[:count],
+            self.ee_rot[:count],
+            self.finger[:count],
+            self.command[:count],
+            self.scenes[:count],
+        )
 
 
 def start(table: Tabletop, seed: int) -> Observation:
@@ -160,6 +171,14 @@ def _between(now: Observation, then: Observation, share: float) -> Scene:
     )
 
 
+def split_off(episodes: int, every: int) -> list[bool]:
+    """Which of the episodes are held out: every `every`-th, and at least one of two or more; 0 for none."""
+    if not every or episodes < 2:
+        return [False] * episodes
+    held = [i % every == every - 1 for i in range(episodes)]
+    return held if any(held) else [*held[:-1], True]
+
+
 def write_seeds(
     raw: Path, fps: int, world_from_tabletop: Array, episodes: Mapping[str, Mapping[str, Any]]
 ) -> None:
@@ -202,7 +221,7 @@ def _count_from(seed: int) -> Iterator[int]:
         seed += 1
 
 
-def is_no_op(action: NDArray[np.float64], last_kept: NDArray[np.float64] | None) -> bool:
+def is_no_op(action: Array, last_kept: Array | None) -> bool:
     """OpenVLA's rule: no motion, and the gripper's command as in the last action kept."""
     still = float(np.linalg.norm(action[:6])) < 1e-4
     return still and (last_kept is None or action[6] == last_kept[6])

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 Image = NDArray[np.uint8]
 
 TABLE_Z = 0.90
@@ -33,6 +33,7 @@ WALL_LOW, WALL_HIGH = (150, 162, 176), (196, 206, 216)
 TRAY_RIM, TRAY_FLOOR = (52, 56, 64), (118, 124, 134)
 PLATE_RIM, PLATE_FLOOR = (250, 250, 250), (214, 218, 226)
 FINGER, FINGERTIP, PALM, LINK = (60, 62, 68), (20, 20, 24), (232, 234, 238), (206, 210, 216)
+SKIN, SLEEVE = (250, 200, 170), (84, 108, 156)
 SHADOW = 0.62
 LIGHT = np.array([0.35, 0.25, 0.9])  # towards the light, world
 
@@ -111,7 +112,7 @@ def render_front(scene: Scene, size: int) -> Image:
 
 def render_wrist(scene: Scene, size: int) -> Image:
     eye, rotation = wrist_pose(scene)
-    return render(scene, Camera.square(size, WRIST_FOV_DEG), eye, rotation, arm=False)
+    return render(scene, Camera.square(size, WRIST_FOV_DEG), eye, rotation, "hand")
 
 
 def project(points: Array, camera: Camera, eye: Array, rotation: Array) -> Array:
@@ -121,11 +122,31 @@ def project(points: Array, camera: Camera, eye: Array, rotation: Array) -> Array
     return np.concatenate([seen[:, :2] / seen[:, 2:] * camera.focal_px + middle, seen[:, 2:]], axis=1)
 
 
-def render(scene: Scene, camera: Camera, eye: Array, rotation: Array, arm: bool = True) -> Image:
-    """The scene from a camera at `eye`; `arm` also draws what lies above the hand."""
+def render(scene: Scene, camera: Camera, eye: Array, rotation: Array, wearer: str = "robot") -> Image:
+    """The scene from a camera at `eye`; for `wearer` see `render_with_depth`."""
+    return _draw(scene, camera, eye, rotation, wearer)[0]
+
+
+def render_with_depth(
+    scene: Scene, camera: Camera, eye: Array, rotation: Array, wearer: str = "robot", far_m: float = 10.0
+) -> tuple[Image, NDArray[np.float32]]:
+    """The picture and the depth along the optical axis, [H, W] m, `far_m` where nothing stands.
+
+    `wearer` is who holds the camera, which decides what is drawn beside the table: "robot" a camera that
+    stands still (the whole arm), "hand" one on the hand (fingers alone), "torso" one on a robot of human shape
+    (its forearm comes from the right shoulder), "person" one on a person's head (a hand for the gripper).
+    """
+    image, depth, ground = _draw(scene, camera, eye, rotation, wearer)
+    table = ground.depth if ground.beyond is None else np.where(ground.beyond, far_m, ground.depth)
+    return image, np.minimum(np.minimum(depth, table), far_m).astype(np.float32)
+
+
+def _draw(
+    scene: Scene, camera: Camera, eye: Array, rotation: Array, wearer: str
+) -> "tuple[Image, NDArray[np.float32], _Ground]":
     where = rotation.tobytes(), eye.tobytes()
     containers = scene.tray_pos.tobytes(), scene.plate_pos.tobytes()
-    if arm:  # a camera that stands still: its ground is kept
+    if wearer == "robot":  # its camera's ground is kept, because it stands still
         ground = _meet_table_kept(camera, *where)
         image = _paint_kept(camera, *where, *containers).copy()
     else:
@@ -133,9 +154,9 @@ def render(scene: Scene, camera: Camera, eye: Array, rotation: Array, arm: bool 
         image = _paint(ground, *containers)
     _cast_shadows(image, scene, camera, eye, rotation, ground)
     depth = np.full((camera.height, camera.width), np.inf, np.float32)
-    for solid in _solids(scene, arm, camera, eye, rotation):
+    for solid in _solids(scene, wearer, camera, eye, rotation):
         _trace(image, depth, solid, camera)
-    return image
+    return image, depth, ground
 
 
 @lru_cache(maxsize=16)
@@ -150,11 +171,12 @@ def _rays(camera: Camera) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Ground:
-    """Where each pixel's ray meets the table plane: x, y in m, texel index; and what lies beside it."""
+    """Where each pixel's ray meets the table plane: x, y in m, texel index, depth; and what lies beside it."""
 
     x: NDArray[np.float32]
     y: NDArray[np.float32]
-    texel: NDArray[np.intp]
+    texel: NDArray[np.integer]
+    depth: NDArray[np.float32]
     beyond: NDArray[np.bool_] | None
     backdrop: Image
 
@@ -173,12 +195,12 @@ def _meet_table(camera: Camera, rotation: bytes, eye: bytes) -> _Ground:
     inside = (row >= 0) & (row < TEXTURE_SIZE[0]) & (column >= 0) & (column < TEXTURE_SIZE[1])
     texel = row * TEXTURE_SIZE[1] + column
     if inside.all():
-        return _Ground(x, y, texel, None, np.zeros((1, 1, 3), np.uint8))
+        return _Ground(x, y, texel, reach, None, np.zeros((1, 1, 3), np.uint8))
     texel[~inside] = 0
     rise = np.clip(world[2] / np.hypot(world[0], world[1]) * 2, 0, 1)[..., None]
     wall = np.array(WALL_LOW) * (1 - rise) + np.array(WALL_HIGH) * rise
     backdrop = np.where((world[2] > -0.15)[..., None], wall, FLOOR).astype(np.uint8)
-    return _Ground(x, y, texel, ~inside, backdrop)
+    return _Ground(x, y, texel, reach, ~inside, backdrop)
 
 
 _meet_table_kept = lru_cache(maxsize=16)(_meet_table)
@@ -238,7 +260,7 @@ _NEAR_M = 0.005
 Part = tuple[Array, Array, tuple[float, float, float], tuple[int, int, int], bool]
 
 
-def _parts(scene: Scene, arm: bool) -> list[Part]:
+def _parts(scene: Scene, wearer: str) -> list[Part]:
     """Centre, rotation, half sizes, colour and roundness of everything solid."""
     half = (BODY_HALF_M, BODY_HALF_M, BODY_HALF_M)
     parts: list[Part] = [
@@ -249,9 +271,21 @@ def _parts(scene: Scene, arm: bool) -> list[Part]:
     out = turn[:, 2]
     for side in (1.0, -1.0):
         across = hand + turn[:, 1] * (side * (scene.finger + 0.006))
+        if wearer == "person":
+            parts.append((across - out * 0.028, turn, (0.009, 0.008, 0.037), SKIN, False))
+            continue
         parts.append((across - out * 0.002, turn, (0.009, 0.006, 0.011), FINGERTIP, False))
         parts.append((across - out * 0.041, turn, (0.009, 0.006, 0.028), FINGER, False))
-    if arm:
+    if wearer == "person":
+        parts.append((hand - out * 0.100, turn, (0.020, 0.045, 0.045), SKIN, False))
+        wrist = hand - out * 0.145
+        parts.append(_rod(wrist, wrist - np.array([0.22, 0.04, -0.06]), 0.030, SLEEVE))
+    if wearer == "torso":
+        wrist = hand - out * 0.16
+        parts.append((hand - out * 0.085, turn, (0.019, 0.062, 0.018), PALM, False))
+        parts.append(_rod(hand - out * 0.103, wrist, 0.030, LINK))
+        parts.append(_rod(wrist, wrist + np.array([-0.24, -0.30, 0.06]), 0.032, PALM))
+    if wearer == "robot":
         top = hand - out * 0.20
         parts.append((hand - out * 0.085, turn, (0.019, 0.062, 0.018), PALM, False))
         parts.append(_rod(hand - out * 0.103, top, 0.030, LINK))
@@ -271,9 +305,9 @@ def _rod(start: Array, end: Array, radius: float, rgb: tuple[int, int, int]) -> 
     return (start + end) / 2, rotation, (radius, radius, length / 2), rgb, True
 
 
-def _solids(scene: Scene, arm: bool, camera: Camera, eye: Array, rotation: Array) -> list[_Solid]:
+def _solids(scene: Scene, wearer: str, camera: Camera, eye: Array, rotation: Array) -> list[_Solid]:
     """What the camera can see of the parts; the small matrices of all parts in one go, for speed."""
-    parts = _parts(scene, arm)
+    parts = _parts(scene, wearer)
     centres = np.array([part[0] for part in parts])
     turns = np.array([part[1] for part in parts])
     halves = np.array([part[2] for part in parts])

@@ -156,7 +156,7 @@ class Tabletop:
         self._goal_quat = matrix_to_quat_xyzw(self._hand_rot)
         return self._observe()
 
-    def step(self, action: NDArray[np.float64]) -> Observation:
+    def step(self, action: Array) -> Observation:
         """One control step of 50 ms; `action` [7] is clipped to [-1, 1] as robosuite does."""
         command = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
         if command.shape != (7,):
@@ -217,7 +217,7 @@ class Tabletop:
             qvel += [[0.0, 0.0, speed, 0.0, 0.0, 0.0]]
         return np.concatenate([[self._time], *qpos, *qvel])
 
-    def set_state(self, state: NDArray[np.float64]) -> Observation:
+    def set_state(self, state: Array) -> Observation:
         """Restore a `state()` of the same task (same seed, same number of objects)."""
         state = np.asarray(state, dtype=np.float64)
         free = self.objects + 3
