@@ -118,7 +118,13 @@ class Expert:
             if (away < ALIGNED_M and abs(above) < 0.006) or (closing and away < 0.02):
                 return np.array([*body[:2], grasp_z]), grasp_rot, 1.0, "grasp"
             drop = min(1.0, max(0.0, (away - ALIGNED_M) / FUNNEL_M))
-            goal = np.array([*body[:2], grasp_z - THROUGH_M + drop * (HOVER_M + THROUGH_M + self._height)])
+            # Low and away from its mark the hand rises first, so as not to shove what stands between.
+            climb = max(
+                min(1.0, max(0.0, (above - 0.015) / 0.04)), 1.0 - min(1.0, max(0.0, away - 0.02) / 0.02)
+            )
+            goal = np.empty(3)
+            goal[:2] = hand[:2] + (body[:2] - hand[:2]) * climb
+            goal[2] = grasp_z - THROUGH_M + drop * (HOVER_M + THROUGH_M + self._height)
             return goal, grasp_rot, -1.0, "approach" if drop > 0.3 else "descend"
 
         # Held: the object, not the hand, is what must come above the container.

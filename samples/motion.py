@@ -17,8 +17,19 @@ import numpy as np
 from .expert import Expert
 from .panda import Array, link_frames, rotvec_between, rotvec_to_matrix
 from .render import Scene
-from .tabletop import BASE_POSITION, FPS, GOALS, Observation, Tabletop, Task
+from .tabletop import (
+    BASE_POSITION,
+    FINGER_OPEN_M,
+    FPS,
+    GOALS,
+    OBJECT_AREA_CENTRE,
+    TABLE_Z,
+    Observation,
+    Tabletop,
+    Task,
+)
 
+FUMBLES = 0.3
 SETTLE_STEPS = 5  # LIBERO cuts the first five steps of every teleoperation, so no recording starts at 0 s
 SEEDS_FILE = "tabletop.json"
 HOLD_OPEN = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -90,10 +101,26 @@ class Frames:
 
 
 def start(table: Tabletop, seed: int) -> Observation:
-    """Bring a table to the first moment of the seed's motion: reset, then the steps that no format keeps."""
+    """Bring a table to the first moment of the seed's motion: reset, then the steps that no format keeps.
+
+    Every third motion starts low over the table with the fingers anywhere, as after a fumble: an imitator that
+    has seen no such moment cannot get out of one.
+    """
     seen = table.reset(seed)
+    rng = np.random.default_rng([seed, 0x57A7])
+    if rng.random() < FUMBLES:
+        for _ in range(20):
+            spot = OBJECT_AREA_CENTRE + rng.uniform(-0.10, 0.10, 2)
+            gaps = np.abs(seen.scene.object_pos[:, :2] - spot)
+            if ((gaps[:, 0] > 0.045) | (gaps[:, 1] > 0.085)).all():  # no finger stands in an object
+                place = np.array([*spot, TABLE_Z + rng.uniform(0.015, 0.05)])
+                seen = table.place_hand(place, seen.scene.hand_rot, float(rng.uniform(0.0, FINGER_OPEN_M)))
+                break
+        still = HOLD_OPEN * 0.0
+    else:
+        still = HOLD_OPEN
     for _ in range(SETTLE_STEPS):
-        seen = table.step(HOLD_OPEN)
+        seen = table.step(still)
     return seen
 
 

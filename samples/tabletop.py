@@ -242,6 +242,15 @@ class Tabletop:
         self._frames = link_frames(self._joints)
         return self._observe()
 
+    def place_hand(self, position: Array, rotation: Array, finger: float) -> Observation:
+        """Put the hand at rest at a pose in the world, fingers `finger` m from its middle; time stands still."""
+        self._joints = solve_joints(self._joints, position - BASE_POSITION, rotation, 40)
+        self._joint_vel = np.zeros(7)
+        self._finger, self._finger_vel = finger, 0.0
+        self._frames = link_frames(self._joints)
+        self._goal_pos, self._goal_quat = self._hand_pos.copy(), matrix_to_quat_xyzw(self._hand_rot)
+        return self._observe()
+
     @property
     def _hand_pos(self) -> Array:
         return self._frames[7, :3, 3] + BASE_POSITION

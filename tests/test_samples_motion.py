@@ -168,3 +168,12 @@ def test_every_format_stores_the_same_poses_on_the_common_time_grid(stored, moti
             angle = np.linalg.norm(matrix_to_rotvec(rotation[row] @ seen.scene.hand_rot.T))
             assert angle < 1e-4, name
             assert opening[row] == pytest.approx(seen.gripper_qpos[0] / 0.04, abs=1e-4), name
+
+
+def test_some_motions_begin_low_after_a_fumble_and_succeed_all_the_same():
+    low = 0
+    for seed in range(12):
+        motion = record(seed, image_size=8)
+        assert motion.success, seed
+        low += motion.seen[0].ee_pos[2] < 0.96
+    assert 1 <= low <= 7
