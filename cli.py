@@ -19,6 +19,7 @@ import click
 from .schemas.errors import DpipeError, UsageError
 
 if TYPE_CHECKING:
+    from .pipeline.convert import ConvertPlan, ConvertRequest, ConvertResult
     from .pipeline.progress import Progress
     from .pipeline.workspace import Workspace
 
@@ -247,7 +248,7 @@ def _converting(source: str) -> Callable[..., None]:
         **given: Any,
     ) -> None:
         from .converters import load_converter
-        from .pipeline.convert import PART_FRAMES, ConvertRequest, convert, options_from_strings
+        from .pipeline.convert import PART_FRAMES, ConvertRequest, convert_all, options_from_strings
         from .pipeline.payload import VideoOptions
 
         space = _workspace(workspace)
@@ -268,41 +269,51 @@ def _converting(source: str) -> Callable[..., None]:
             max_time_s=max_time,
         )
         if dry_run:
-            _show_plan(request, as_json)
+            _show_plans(request, as_json)
             return
-        result = convert(request, _progress(as_json))
-        for note in result.warnings:
-            click.echo(f"note: {note}", err=True)
-        for drop in result.dropped[:20]:
-            click.echo(f"left out: {drop.source_id}: {drop.reason}", err=True)
-        state = "already complete" if result.unchanged else "converted"
-        text = (
-            f"{source}: {state}, {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB in "
-            f"{result.root}; {len(result.dropped)} left out"
-            + (f" (reasons in {result.root / 'dpipe' / 'dropped.jsonl'})" if result.dropped else "")
-        )
-        facts = {
-            "dataset": str(result.root),
-            "episodes": result.episodes,
-            "frames": result.frames,
-            "bytes": result.bytes,
-            "encoded": result.encoded,
-            "unchanged": result.unchanged,
-            "dropped": [d.to_json() for d in result.dropped],
-        }
-        _result(facts, text, as_json)
-        if result.dropped and not allow_dropped:
+        results = convert_all(request, _progress(as_json))
+        for result in results:
+            _show_conversion(source, result, as_json)
+        if any(result.dropped for result in results) and not allow_dropped:
             sys.exit(LEFT_OUT)
 
     return run
 
 
-def _show_plan(request: Any, as_json: bool) -> None:
-    from .pipeline.convert import plan_conversion
-
-    found = plan_conversion(request, _progress(as_json))
+def _show_conversion(source: str, result: ConvertResult, as_json: bool) -> None:
+    for note in result.warnings:
+        click.echo(f"note: {note}", err=True)
+    for drop in result.dropped[:20]:
+        click.echo(f"left out: {drop.source_id}: {drop.reason}", err=True)
+    state = "already complete" if result.unchanged else "converted"
     text = (
-        f"convert {request.source}: {found.recordings} recordings, {found.episodes} episodes, {found.frames} frames "
+        f"{source}: {state}, {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB in "
+        f"{result.root}; {len(result.dropped)} left out"
+        + (f" (reasons in {result.root / 'dpipe' / 'dropped.jsonl'})" if result.dropped else "")
+    )
+    facts = {
+        "dataset": str(result.root),
+        "episodes": result.episodes,
+        "frames": result.frames,
+        "bytes": result.bytes,
+        "encoded": result.encoded,
+        "unchanged": result.unchanged,
+        "dropped": [d.to_json() for d in result.dropped],
+    }
+    _result(facts, text, as_json)
+
+
+def _show_plans(request: ConvertRequest, as_json: bool) -> None:
+    from .pipeline.convert import by_variant, plan_conversion, read_catalog
+
+    catalog = read_catalog(request, _progress(as_json))
+    for each in by_variant(request, catalog):
+        _show_plan(plan_conversion(each, catalog), as_json)
+
+
+def _show_plan(found: ConvertPlan, as_json: bool) -> None:
+    text = (
+        f"convert {found.source}: {found.recordings} recordings, {found.episodes} episodes, {found.frames} frames "
         f"into {found.root}\n"
         f"  to do: {found.todo_episodes} episodes, {found.todo_frames} frames, {found.pixels / 1e6:.0f} million "
         f"pixels, {found.raw_bytes / 1e6:.1f} MB to read, {found.files} files to write\n"
@@ -544,7 +555,7 @@ def train(
     if len(group.datasets) > 1:
         listed = ", ".join(root.name for root in group.datasets)
         raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
-    (root,) = group.datasets
+    root = group.datasets[0]
     missing = _missing_targets(space, root, recipe, given)
     run_dir = space.run(recipe, name or root.name)
     if missing:

@@ -6,7 +6,7 @@ Scans run as tasks; a recording whose files kept size and time is not opened aga
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from ..converters import Converter, load_converter
 from ..schemas.episode import Dropped, EpisodeRef, Recording, Segment
 from ..schemas.errors import DataError, UsageError
 from ..schemas.features import CameraFeature
-from .durable import write_file
 from .execute import Executor, Failure
 from .payload import file_memo
 from .progress import Progress
@@ -28,7 +27,19 @@ class Catalog:
     refs: list[EpisodeRef] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     recordings: int = 0
-    scanned: int = 0  # recordings opened now rather than remembered
+    fresh: bool = False  # something was scanned now rather than remembered
+    memory: Callable[[], str] = str  # the JSON lines a next run may remember
+
+    @property
+    def variants(self) -> list[str]:
+        """Feature sets in the order met; each becomes a dataset of its own."""
+        return list(dict.fromkeys(ref.variant for ref in self.refs))
+
+    def of(self, variant: str) -> Catalog:
+        """One variant's episodes, and what was left out before its variant was known."""
+        refs = [ref for ref in self.refs if ref.variant == variant]
+        dropped = [d for d in self.dropped if d.variant in ("", variant)]
+        return Catalog(refs, dropped, self.recordings, self.fresh, self.memory)
 
 
 def scan_recording(source: str, recording: Recording, options: Any) -> list[EpisodeRef | Dropped]:
@@ -43,9 +54,8 @@ def build_catalog(
     cache: Path | None,
     executor: Executor,
     progress: Progress,
-    remember: bool = True,
 ) -> Catalog:
-    """Find and scan; `cache` is the JSON-lines file of earlier scans, rewritten when anything was new."""
+    """Find and scan; `cache` is the JSON-lines file of earlier scans, the catalogue's `memory` the next one."""
     if not raw.is_dir() and not raw.is_file():
         raise missing_raw(converter, raw)
     recordings = list(converter.find(raw, options))
@@ -76,9 +86,11 @@ def build_catalog(
         results[name] = list(outcome)
         progress.advance()
     progress.end()
-    if cache is not None and remember and (todo or set(remembered) - set(results)):
-        _save(cache, raw, setting, recordings, memos, results)
-    catalog = Catalog(recordings=len(recordings), scanned=len(todo))
+    catalog = Catalog(
+        recordings=len(recordings),
+        fresh=bool(todo or set(remembered) - set(results)),
+        memory=lambda: _memory(raw, setting, recordings, memos, results),
+    )
     for recording in recordings:
         for entry in results[recording.name]:
             (catalog.refs if isinstance(entry, EpisodeRef) else catalog.dropped).append(entry)  # type: ignore[arg-type]
@@ -140,7 +152,7 @@ def ref_to_json(ref: EpisodeRef | Dropped, raw: Path) -> dict[str, Any]:
 def ref_from_json(value: dict[str, Any], raw: Path) -> EpisodeRef | Dropped:
     if "dropped" in value:
         fact = value["dropped"]
-        return Dropped(fact["source_id"], tuple(fact["files"]), fact["reason"], fact["remedy"], fact["split"])
+        return Dropped(**fact | {"files": tuple(fact["files"])})
     value = dict(value)
     value["files"] = tuple(raw / name for name in value["files"])
     value["cameras"] = tuple(CameraFeature(**camera) for camera in value["cameras"])
@@ -173,14 +185,13 @@ def _load(
     return remembered
 
 
-def _save(
-    cache: Path,
+def _memory(
     raw: Path,
     setting: str,
     recordings: Iterable[Recording],
     memos: dict[str, list[list[int]]],
     results: dict[str, list[EpisodeRef | Dropped]],
-) -> None:
+) -> str:
     lines = [json.dumps({"setting": setting, "raw": str(raw)})]
     for recording in recordings:
         entry = {
@@ -189,7 +200,7 @@ def _save(
             "entries": [ref_to_json(ref, raw) for ref in results[recording.name]],
         }
         lines.append(json.dumps(entry, ensure_ascii=False))
-    write_file(cache, ("\n".join(lines) + "\n").encode())
+    return "\n".join(lines) + "\n"
 
 
 def _check_unique(refs: Sequence[EpisodeRef]) -> None:

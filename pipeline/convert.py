@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..converters import Converter, load_converter
 from ..schemas.episode import Dropped, Embodiment, EpisodeRef
 from ..schemas.errors import DataError, UsageError
 from .catalog import Catalog, build_catalog, select
-from .durable import exclusive, remove_temporaries, require_space, write_json
+from .durable import exclusive, remove_temporaries, require_space, write_file, write_json
 from .execute import Executor, Failure, open_executor, stop_requests
 from .finish import FinishResult, finish, load_receipts, recover
 from .payload import (
@@ -49,6 +49,7 @@ class ConvertRequest:
     out: Path
     name: str
     options: Any
+    variant: str = ""  # of recordings that differ in their features: see convert_all
     video: VideoOptions = field(default_factory=VideoOptions)
     part_frames: int = PART_FRAMES
     where: str | None = None
@@ -82,16 +83,43 @@ class _Work:
     order: list[str] = field(default_factory=list)  # every episode of the dataset, in its order
 
 
-def convert(request: ConvertRequest, progress: Progress) -> ConvertResult:
-    """Run a conversion to the end, or raise Interrupted with everything finished so far kept."""
+def convert_all(request: ConvertRequest, progress: Progress) -> list[ConvertResult]:
+    """Convert everything a raw folder holds: where recordings differ in their features, a dataset a variant."""
+    catalog = read_catalog(request, progress)
+    return [convert(each, progress, catalog) for each in by_variant(request, catalog)]
+
+
+def by_variant(request: ConvertRequest, catalog: Catalog) -> list[ConvertRequest]:
+    """The request itself where recordings have no variants, else one a variant, named NAME-VARIANT."""
+    if set(catalog.variants) <= {""}:
+        return [request]
+    beside = request.out.parent
+    return [
+        replace(request, variant=v, name=f"{request.name}-{v}", out=beside / f"{request.out.name}-{v}")
+        for v in catalog.variants
+    ]
+
+
+def read_catalog(request: ConvertRequest, progress: Progress) -> Catalog:
+    """Scan the raw folder, with what any dataset made from it remembers."""
+    converter = load_converter(request.source)
+    made = [request.out, *sorted(request.out.parent.glob(f"{request.out.name}-*"))]
+    caches = [root / "dpipe" / "journal" / "scan.jsonl" for root in made]
+    cache = next((path for path in caches if path.is_file()), None)
+    with stop_requests(request.max_time_s) as stop:
+        return build_catalog(converter, request.raw, request.options, cache, Executor(stop), progress)
+
+
+def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None = None) -> ConvertResult:
+    """Run one dataset's conversion to the end, or raise Interrupted with everything finished so far kept."""
     converter = load_converter(request.source)
     embodiment_check(request)
-    if not request.raw.exists():
-        from .catalog import missing_raw
-
-        raise missing_raw(converter, request.raw)
+    catalog = catalog or read_catalog(request, progress)
+    catalog = catalog.of(request.variant)
     journal = request.out / "dpipe" / "journal"
     _refuse_foreign(request.out)
+    if not _chosen(catalog, _order(journal), request) and not _order(journal):
+        raise _nothing_left(request, catalog)
     with (
         exclusive(journal, f"convert {request.source}"),
         stop_requests(request.max_time_s) as stop,
@@ -99,12 +127,9 @@ def convert(request: ConvertRequest, progress: Progress) -> ConvertResult:
     ):
         recover(request.out)
         _check_settings(request, converter, journal)
-        catalog = build_catalog(
-            converter, request.raw, request.options, journal / "scan.jsonl", executors.light(), progress
-        )
+        if catalog.fresh or not (journal / "scan.jsonl").is_file():
+            write_file(journal / "scan.jsonl", catalog.memory().encode())
         refs = _chosen(catalog, _order(journal), request)
-        if not refs and not _order(journal):
-            raise _nothing_left(request, catalog)
         by_id = {ref.source_id: ref for ref in refs}
         embodiment = converter.embodiment(request.options, refs[0].variant if refs else "")
         receipts = load_receipts(request.out)
@@ -215,6 +240,7 @@ def _plan(
 class ConvertPlan:
     """What a conversion would do, by arithmetic and a scan; nothing is written."""
 
+    source: str
     root: Path
     recordings: int
     episodes: int  # of the dataset when done
@@ -228,19 +254,14 @@ class ConvertPlan:
     dropped: tuple[Dropped, ...]
 
 
-def plan_conversion(request: ConvertRequest, progress: Progress) -> ConvertPlan:
-    """Scan (remembered scans help) and compare with what is done."""
-    from .execute import StopRequest
-
+def plan_conversion(request: ConvertRequest, catalog: Catalog) -> ConvertPlan:
+    """Compare a catalogue with what is done."""
     converter = load_converter(request.source)
     embodiment_check(request)
     journal = request.out / "dpipe" / "journal"
     if (journal / "settings.json").is_file():
         _check_settings(request, converter, journal)
-    cache = journal / "scan.jsonl"
-    catalog = build_catalog(
-        converter, request.raw, request.options, cache, Executor(StopRequest()), progress, remember=False
-    )
+    catalog = catalog.of(request.variant)
     batches = _order(journal)
     refs = _chosen(catalog, batches, request)
     receipts = load_receipts(request.out)
@@ -250,6 +271,7 @@ def plan_conversion(request: ConvertRequest, progress: Progress) -> ConvertPlan:
     cameras = len(refs[0].cameras) if refs else 0
     sizes = {path: path.stat().st_size for ref in todo for path in ref.files if path.exists()}
     return ConvertPlan(
+        source=request.source,
         root=request.out,
         recordings=catalog.recordings,
         episodes=len(refs),
@@ -270,7 +292,7 @@ def _chosen(catalog: Catalog, batches: Sequence[dict[str, Any]], request: Conver
     """Episodes that meet --where and --limit, and those an earlier run has already taken in."""
     listed = {source_id for batch in batches for part in batch["parts"] for source_id in part["episodes"]}
     wanted = {ref.source_id for ref in select(catalog.refs, request.where, request.limit)} | listed
-    return _one_variant([ref for ref in catalog.refs if ref.source_id in wanted], request)
+    return _of_one_size([ref for ref in catalog.refs if ref.source_id in wanted], request)
 
 
 def episode_key_base(converter: Converter, request: ConvertRequest) -> str:
@@ -464,14 +486,10 @@ def _split_rank(split: str) -> tuple[int, str]:
     return (0 if split == "train" else 1, split)
 
 
-def _one_variant(refs: Sequence[EpisodeRef], request: ConvertRequest) -> list[EpisodeRef]:
-    """The refs of this dataset's variant, all with cameras of one size; other variants are other datasets."""
-    if not refs:
-        return []
-    variant = refs[0].variant
-    chosen = [ref for ref in refs if ref.variant == variant]
+def _of_one_size(refs: Sequence[EpisodeRef], request: ConvertRequest) -> list[EpisodeRef]:
+    """The refs, all with the same cameras of the same size; DataError with the sizes found otherwise."""
     shapes: dict[tuple[Any, ...], str] = {}
-    for ref in chosen:
+    for ref in refs:
         shape = tuple((c.key, c.height, c.width) for c in map(request.video.size, ref.cameras))
         shapes.setdefault(shape, ref.source_id)
     if len(shapes) > 1:
@@ -483,7 +501,7 @@ def _one_variant(refs: Sequence[EpisodeRef], request: ConvertRequest) -> list[Ep
             f"recordings differ in their pictures, and a dataset has one size a camera\n  found:\n{listed}\n"
             f"  next: --resize WxH brings them to one size, or convert their folders separately with --raw and --name"
         )
-    return chosen
+    return list(refs)
 
 
 def _nothing_left(request: ConvertRequest, catalog: Catalog) -> DataError:

@@ -110,11 +110,13 @@ class Dropped:
     reason: str
     remedy: str
     split: str = ""
+    variant: str = ""  # "" where the recording did not say
 
     def to_json(self) -> dict[str, Any]:
         return {
             "source_id": self.source_id,
             "split": self.split,
+            "variant": self.variant,
             "files": list(self.files),
             "reason": self.reason,
             "remedy": self.remedy,
