@@ -182,6 +182,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    os.environ.setdefault("SVT_LOG", "1")  # read when the encoder starts: errors alone
     rounds = 3 if options.quick else 7
     ratios = []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="dpipe-bench-") as name:
