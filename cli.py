@@ -129,6 +129,23 @@ class SourceGroup(click.Group):
             formatter.write_dl(list(SOURCES.items()))
 
 
+class FinishGroup(SourceGroup):
+    """`dpipe finish SOURCE`: the same words as the convert whose jobs it ends."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _convert_command(cmd_name, finish_only=True)
+
+
+@cli.group(cls=FinishGroup, subcommand_metavar="SOURCE [OPTIONS]")
+def finish() -> None:
+    """Number what the jobs of a divided conversion have made.
+
+    \b
+    dpipe convert libero --part 0/2 && dpipe convert libero --part 1/2
+    dpipe finish libero
+    """
+
+
 @cli.group(cls=SourceGroup, subcommand_metavar="SOURCE [OPTIONS]")
 def convert() -> None:
     """Raw recordings to a dataset.
@@ -139,7 +156,7 @@ def convert() -> None:
     """
 
 
-def _convert_command(source: str) -> click.Command:
+def _convert_command(source: str, finish_only: bool = False) -> click.Command:
     from .converters import load_converter
 
     converter = load_converter(source)
@@ -167,13 +184,17 @@ def _convert_command(source: str) -> click.Command:
         click.Option(
             ["--verify"], is_flag=True, help="Compare contents, not only sizes and times, with what is done."
         ),
+        click.Option(
+            ["--part", "share"], help="i/n: only every n-th part, for job arrays; then dpipe finish."
+        ),
+        click.Option(["--emit-sbatch"], type=click.IntRange(1), help="Print a SLURM script of N array jobs."),
         click.Option(["--allow-dropped"], is_flag=True, help="Exit 0 although episodes were left out."),
         *_options_of(converter.Options),
     ]
     command = click.Command(
         source,
         params=parameters,
-        callback=_converting(source),
+        callback=_converting(source, finish_only),
         help=f"Convert {source}.\n\n{converter.expects}",
     )
     return running(command)  # type: ignore[return-value]
@@ -223,7 +244,7 @@ def _options_of(options_type: type, unset: bool = False) -> list[click.Parameter
     return made
 
 
-def _converting(source: str) -> Callable[..., None]:
+def _converting(source: str, finish_only: bool = False) -> Callable[..., None]:
     def run(
         to: str,
         raw: Path | None,
@@ -235,6 +256,8 @@ def _converting(source: str) -> Callable[..., None]:
         resize: str | None,
         part_frames: int | None,
         verify: bool,
+        share: str | None,
+        emit_sbatch: int | None,
         allow_dropped: bool,
         workspace: Path | None,
         as_json: bool,
@@ -250,7 +273,14 @@ def _converting(source: str) -> Callable[..., None]:
         from .converters import load_converter
         from .pipeline.convert import PART_FRAMES, ConvertRequest, convert_all, options_from_strings
         from .pipeline.payload import VideoOptions
+        from .pipeline.slurm import parse_share, sbatch_script
 
+        if emit_sbatch:
+            words = [
+                w for w in _command_words() if not w.startswith("--emit-sbatch") and w != str(emit_sbatch)
+            ]
+            click.echo(sbatch_script(words, emit_sbatch, _workers(workers), max_time), nl=False)
+            return
         space = _workspace(workspace)
         options = options_from_strings(load_converter(source).Options, given)
         request = ConvertRequest(
@@ -267,6 +297,8 @@ def _converting(source: str) -> Callable[..., None]:
             workers=_workers(workers),
             scheduler=scheduler,
             max_time_s=max_time,
+            share=parse_share(share) if share else None,
+            finish_only=finish_only,
         )
         if dry_run:
             _show_plans(request, as_json)
@@ -285,6 +317,10 @@ def _show_conversion(source: str, result: ConvertResult, as_json: bool) -> None:
         click.echo(f"note: {note}", err=True)
     for drop in result.dropped[:20]:
         click.echo(f"left out: {drop.source_id}: {drop.reason}", err=True)
+    if not result.finished:
+        text = f"{source}: this job's share is done, {result.episodes} episodes encoded; then:  dpipe finish {source}"
+        _result({"dataset": str(result.root), "encoded": result.encoded, "finished": False}, text, as_json)
+        return
     state = "already complete" if result.unchanged else "converted"
     text = (
         f"{source}: {state}, {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB in "
@@ -555,7 +591,7 @@ def train(
     if len(group.datasets) > 1:
         listed = ", ".join(root.name for root in group.datasets)
         raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
-    root = group.datasets[0]
+    root = next(iter(group.datasets))
     missing = _missing_targets(space, root, recipe, given)
     run_dir = space.run(recipe, name or root.name)
     if missing:
@@ -611,6 +647,25 @@ def _missing_targets(
         if not (base / stage).is_dir() or not any((base / stage).iterdir()):
             missing[stage] = {}
     return missing
+
+
+# --- status ---------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@common
+def status(workspace: Path | None, as_json: bool, **_: Any) -> None:
+    """Every dataset, target and run of the workspace: complete, partial or stale, and why."""
+    from .pipeline.status import workspace_states
+
+    states = workspace_states(_workspace(workspace))
+    if as_json:
+        click.echo(json.dumps([vars(s) | {"path": str(s.path)} for s in states]))
+        return
+    for s in states:
+        click.echo(f"{s.kind:8s} {s.state:10s} {s.name}: {s.detail}")
+    if not states:
+        click.echo("nothing yet: dpipe convert SOURCE --to lerobot")
 
 
 # --- plan -----------------------------------------------------------------------------------------------------
@@ -712,6 +767,10 @@ def _workers(given: int | None) -> int:
     if given is not None:
         return given
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _command_words() -> list[str]:
+    return sys.argv[1:]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -55,6 +55,8 @@ class ConvertRequest:
     where: str | None = None
     limit: int | None = None
     verify: bool = False
+    share: tuple[int, int] | None = None  # (i, n): only parts of number i modulo n, and no finishing
+    finish_only: bool = False
     workers: int = 0
     scheduler: str | None = None
     max_time_s: float | None = None
@@ -70,6 +72,7 @@ class ConvertResult:
     warnings: tuple[str, ...]
     encoded: int  # episodes encoded by this run
     unchanged: bool  # the dataset was already complete
+    finished: bool = True  # False for one job of several: dpipe finish numbers what all have made
 
 
 @dataclass
@@ -121,7 +124,7 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
     if not _chosen(catalog, _order(journal), request) and not _order(journal):
         raise _nothing_left(request, catalog)
     with (
-        exclusive(journal, f"convert {request.source}"),
+        exclusive(journal, f"convert {request.source}", share=request.share),
         stop_requests(request.max_time_s) as stop,
         _Lazy(stop, request) as executors,
     ):
@@ -134,6 +137,10 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
         embodiment = converter.embodiment(request.options, refs[0].variant if refs else "")
         receipts = load_receipts(request.out)
         work = _plan(request, converter, journal, refs, receipts)
+        if request.finish_only and work.parts:
+            raise _unfinished_parts(request, work)
+        if request.share:
+            work = _share(work, *request.share)
         if work.todo:
             need = sum(ref.frames * sum(c.height * c.width for c in ref.cameras) for ref in work.todo) // 8
             require_space(request.out, need, f"converting {len(work.todo)} episodes")
@@ -144,6 +151,8 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
         else:
             executor = executors.light()
         _run(request, embodiment, by_id, work, executor, progress, journal)
+        if request.share:
+            return _shared_result(request, work)
         result = finish(
             request.out,
             name=request.name,
@@ -158,6 +167,28 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
         )
         _clean_spool(journal)
     return _result(request, result, len(work.todo), refs)
+
+
+def _share(work: _Work, part: int, count: int) -> _Work:
+    """What one of `count` independent jobs has to do: every count-th part, whole."""
+    parts = {number: ids for number, ids in work.parts.items() if number % count == part}
+    mine = {source_id for ids in parts.values() for source_id in ids}
+    return _Work([ref for ref in work.todo if ref.source_id in mine], parts, work.order)
+
+
+def _shared_result(request: ConvertRequest, work: _Work) -> ConvertResult:
+    frames = sum(ref.frames for ref in work.todo)
+    return ConvertResult(
+        request.out, len(work.todo), frames, 0, (), (), len(work.todo), False, finished=False
+    )
+
+
+def _unfinished_parts(request: ConvertRequest, work: _Work) -> DataError:
+    listed = ", ".join(map(str, sorted(work.parts)[:20]))
+    return DataError(
+        f"{request.out} cannot be finished: {len(work.parts)} parts are not done ({listed})\n"
+        f"  next: run the jobs of those parts again (--part i/n takes the parts whose number is i modulo n)"
+    )
 
 
 def _result(

@@ -96,8 +96,12 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str, stale_s: float = 60.0) -> Iterator[None]:
+def exclusive(
+    folder: Path, what: str, stale_s: float = 60.0, share: tuple[int, int] | None = None
+) -> Iterator[None]:
     """Hold a dataset for one run; a second run on it says so and stops.
+
+    Jobs (i, n) of one division exclude their own twins and every run of the whole, not one another.
 
     A lock file made by O_EXCL works where network file systems know no locks. It carries host and process and is
     refreshed while held: one whose process is gone (same host) or that has not moved for `stale_s` (another
@@ -106,7 +110,12 @@ def exclusive(folder: Path, what: str, stale_s: float = 60.0) -> Iterator[None]:
     import threading
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "running.lock"
+    path = folder / ("running.lock" if share is None else f"running-{share[0]}-of-{share[1]}.lock")
+    for other in [folder / "running.lock"] if share else sorted(folder.glob("running-*.lock")):
+        owner = _lock_owner(other)
+        if owner is not None and not _is_abandoned(other, owner, stale_s):
+            raise _held(folder, other, owner)
+        other.unlink(missing_ok=True)
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "what": what}
     while True:
         try:
@@ -117,13 +126,7 @@ def exclusive(folder: Path, what: str, stale_s: float = 60.0) -> Iterator[None]:
             if owner is None or not _is_abandoned(path, owner, stale_s):
                 if owner is None and not path.exists():
                     continue  # released between our two looks
-                owner = owner or {}
-                raise DataError(
-                    f"another run is working on {folder.parent}\n"
-                    f"  found: {owner.get('what', '?')} by process {owner.get('pid', '?')}"
-                    f" on {owner.get('host', '?')}\n"
-                    f"  next: wait for it; if it is gone for good, delete {path}"
-                ) from None
+                raise _held(folder, path, owner or {}) from None
             path.unlink(missing_ok=True)
     with os.fdopen(descriptor, "w") as file:
         json.dump(mine, file)
@@ -142,6 +145,14 @@ def exclusive(folder: Path, what: str, stale_s: float = 60.0) -> Iterator[None]:
     finally:
         released.set()
         path.unlink(missing_ok=True)
+
+
+def _held(folder: Path, path: Path, owner: dict[str, Any]) -> DataError:
+    return DataError(
+        f"another run is working on {folder.parent}\n"
+        f"  found: {owner.get('what', '?')} by process {owner.get('pid', '?')} on {owner.get('host', '?')}\n"
+        f"  next: wait for it; if it is gone for good, delete {path}"
+    )
 
 
 def _lock_owner(path: Path) -> dict[str, Any] | None:
