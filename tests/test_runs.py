@@ -95,7 +95,7 @@ def test_an_executor_reports_failures_and_honours_a_stop():
 
 @pytest.mark.slow
 def test_sigterm_drains_exits_75_and_the_rerun_gives_the_same_bytes(tmp_path: Path):
-    write_suite(tmp_path / "raw", demos=60, steps=60, side=96)
+    write_suite(tmp_path / "raw", demos=40, steps=40, side=128)
     words = [
         "convert",
         "libero",
