@@ -55,7 +55,7 @@ class TarMember(NamedTuple):
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Every regular file of a tar by name; `problem` says where a torn archive ends, "" when it is whole."""
+    """Regular files of a tar by name; `problem` says where a torn archive ends, "" when it is whole."""
 
     path: Path
     members: dict[str, TarMember]
@@ -223,23 +223,27 @@ def read_member(read_at: ReadAt, member: ZipMember) -> bytes:
     return unpack(member, read_packed(read_at, member))
 
 
-def index_tar(path: Path) -> TarIndex:
-    """Every regular file of an uncompressed tar. Links are no files of ours and are left out."""
+def index_tar(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> TarIndex:
+    """The regular files of an uncompressed tar whose names are `wanted`. Links are no files of ours."""
     import tarfile
 
     members: dict[str, TarMember] = {}
-    size = path.stat().st_size
+    size, seen = path.stat().st_size, 0
     try:
         with tarfile.open(path, "r:") as archive:
-            for entry in archive:
+            while (entry := archive.next()) is not None:
+                # Or it keeps every header: a hundred megabytes for a shard with depth.
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                seen += 1
                 if not entry.isreg() or entry.issparse():
                     continue
                 name = safe_name(entry.name)
                 if entry.offset_data + entry.size > size:
                     return TarIndex(path, members, f"{path.name} ends in the middle of '{name}'")
-                members[name] = TarMember(name, entry.offset_data, entry.size)
+                if wanted(name):
+                    members[name] = TarMember(name, entry.offset_data, entry.size)
     except tarfile.ReadError as error:
-        if not members:
+        if not seen:
             raise DataError(
                 f"{path.name} is no uncompressed tar ({error})\n"
                 f"  where: {path}\n  next: unpack it (members of a compressed tar have no place of their own)"

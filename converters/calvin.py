@@ -45,6 +45,7 @@ from .calvin_files import (
     read_index,
     read_plays,
 )
+from .depth import depth_to_grey
 
 FPS = 30
 SPLITS = {"training": "train", "validation": "validation"}
@@ -253,12 +254,6 @@ class Camera(NamedTuple):
     picture: Callable[[NDArray[Any]], NDArray[np.uint8]]
     ndim: int  # of the member
     kind: str  # of its dtype
-
-
-def depth_to_grey(depth_m: NDArray[np.floating], near_m: float, far_m: float) -> NDArray[np.uint8]:
-    """[H, W] metres -> [H, W, 3] grey: 0 at `near_m` and nearer, 255 at `far_m` and farther, linear between."""
-    grey = np.rint(np.clip((depth_m - near_m) / (far_m - near_m), 0.0, 1.0) * 255).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
 
 
 def _three(pixels: NDArray[np.uint8], first: int) -> NDArray[np.uint8]:

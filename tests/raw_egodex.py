@@ -85,13 +85,13 @@ def write_episode(
 def write_video(
     path: Path, frames: int, size: tuple[int, int] = (64, 48), fps: int = 30, codec: str = "h264"
 ) -> None:
-    """Frame t is grey 10 + 3 t."""
+    """Frame t is grey 10 + 3 t, modulo 240."""
     width, height = size
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, rate=fps, options={"bf": "0", "g": "2", "crf": "10"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for t in range(frames):
-            picture = np.full((height, width, 3), 10 + 3 * t, np.uint8)
+            picture = np.full((height, width, 3), (10 + 3 * t) % 240, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 
