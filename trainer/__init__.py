@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 RECIPES = {
     "libra": "a planner names coarse action bins, a refiner diffuses the action they stand for",
+    "teacher": "a small policy by imitation, whose hidden states the teacher stage caches",
+    "anchor": "a small policy by imitation, whose chunks the residuals stage corrects",
 }
+_MODULES = {"teacher": "embedded", "anchor": "embedded"}  # others: the module of their name
 
 
 def open_recipe(name: str) -> "Recipe":
@@ -22,4 +25,5 @@ def open_recipe(name: str) -> "Recipe":
 
     if name not in RECIPES:
         raise unknown_name("recipe", name, RECIPES)
-    return import_module(f".{name}", __name__).RECIPE
+    module = import_module(f".{_MODULES.get(name, name)}", __name__)
+    return getattr(module, name.upper() if name in _MODULES else "RECIPE")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..schemas.errors import UsageError, unknown_name
@@ -21,6 +22,7 @@ class Recipe:
     build      config and space -> an Objective (see `loop.py`); no weight is read from elsewhere
     phases     the stretches `steps` are divided into
     policy     a trained model -> a Policy
+    finish     what a complete run leaves beside its checkpoints, from (model, run folder, the run's terms)
     """
 
     name: str
@@ -32,6 +34,7 @@ class Recipe:
     policy: Callable[[Any, int], Policy]
     steps: int = 2000
     options: Options = field(default_factory=Options)
+    finish: Callable[[Any, Path, Mapping[str, Any]], None] | None = None
 
 
 def resolve(kind: str, cls: type, overrides: Mapping[str, Any]) -> Any:

@@ -123,6 +123,8 @@ def train(
     saved = load_checkpoint(run_dir / "checkpoints")
     assert saved is not None
     if accelerator.is_main_process:
+        if made.finish is not None:
+            made.finish(open_run(run_dir).model, run_dir, plain(terms))
         result = {
             "dpipe": RESULT_VERSION,
             "recipe": recipe,

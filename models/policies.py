@@ -1,0 +1,389 @@
+"""Small policies of our own that supervise others: the embedded teacher and the embedded anchor.
+
+Both are one network. Per observed step: image points, state and words, then the action queries; a transformer
+whose trunk ends in a LayerNorm; a decoder on the queries' outputs. As in Seer, queries see the observations of
+their own and earlier steps, and nothing sees a query, so that a hidden state is a function of (window, query)
+alone.
+
+    teacher   window of S steps, 3 queries per step: token j at step s speaks of the action at s + j
+    anchor    one step, K queries: a chunk of K actions
+
+A folder holds policy.json (sizes, cameras, scales, how it was trained) and model.safetensors; nothing else is
+needed to run it. `trainer/embedded.py` trains them.
+
+Legend: B batch, S window steps, Q queries per step, K chunk, h width, A action dimensions (G of them grippers).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..schemas.errors import DataError, UsageError
+from ..schemas.normalisers import Normaliser
+from .blocks import Block, ObservationEncoder, text_ids
+
+POLICY_VERSION = 1
+
+
+class Teacher(Protocol):
+    """A frozen policy whose hidden states at its action tokens are to be matched (VITA).
+
+    Actions are in the teacher's own normalised space: arm dimensions in [-1, 1], grippers as probabilities.
+    """
+
+    cameras: tuple[str, ...]
+    window: int
+    queries: int
+    width: int
+    action: Normaliser
+    grippers: tuple[int, ...]
+
+    @property
+    def digest(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def hidden(
+        self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[Any], texts: Sequence[str]
+    ) -> NDArray[np.float32]:
+        """uint8 [B, S, H, W, 3] per camera, [B, S, D], B instructions -> [B, S, Q, h]."""
+        ...
+
+    def decode(self, hidden: NDArray[Any]) -> NDArray[np.float32]:
+        """[..., h] -> [..., A]."""
+        ...
+
+    def save_decoder(self, path: Path) -> None:
+        """The decoder alone, as a student's starting point (see `load_decoder`)."""
+        ...
+
+
+class AnchorPolicy(Protocol):
+    """A frozen policy whose action chunk is to be corrected (AnchorRefine)."""
+
+    cameras: tuple[str, ...]
+    chunk: int
+    action: Normaliser
+    grippers: tuple[int, ...]
+
+    @property
+    def digest(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]:
+        """`stochastic` says whether another seed gives another chunk."""
+        ...
+
+    def act(
+        self,
+        images: Mapping[str, NDArray[np.uint8]],
+        state: NDArray[Any],
+        texts: Sequence[str],
+        seeds: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """[B, H, W, 3], [B, D], B instructions, seeds [B] -> arm [B, K, A - G] normalised, logits [B, K, G]."""
+        ...
+
+
+# -- the network ------------------------------------------------------------------------------------------
+
+
+class ActionDecoder(nn.Module):
+    """Hidden state -> arm and gripper: two layers h/2 with ReLU, then tanh for the arm, a logit for grippers.
+
+    Seer's decoder ends in a sigmoid; here it is left off, so that losses take logits, and `actions` puts it on.
+    Without `trunk` and `bounded` it is one linear map, as ACT's head is.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        action_dim: int,
+        grippers: Sequence[int],
+        trunk: bool = True,
+        bounded: bool = True,
+    ) -> None:
+        super().__init__()
+        self.width, self.action_dim, self.grippers = width, action_dim, tuple(grippers)
+        self.bounded = bounded
+        self.arm_dims = tuple(i for i in range(action_dim) if i not in self.grippers)
+        half = width // 2
+        layers = [nn.Linear(width, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU()] if trunk else []
+        self.trunk = nn.Sequential(*layers)
+        inner = half if trunk else width
+        self.arm = nn.Linear(inner, len(self.arm_dims))
+        self.gripper = nn.Linear(inner, len(self.grippers)) if self.grippers else None
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., h] -> arm [..., A - G], gripper logits [..., G]."""
+        inner = self.trunk(hidden)
+        arm = self.arm(inner)
+        logits = inner[..., :0] if self.gripper is None else self.gripper(inner)
+        return arm.tanh() if self.bounded else arm, logits
+
+    def actions(self, hidden: Tensor) -> Tensor:
+        """[..., h] -> [..., A]: arm, and the probability of gripper = 1, each in its place."""
+        arm, logits = self(hidden)
+        out = arm.new_empty(*arm.shape[:-1], self.action_dim)
+        out[..., list(self.arm_dims)] = arm
+        if self.grippers:
+            out[..., list(self.grippers)] = logits.sigmoid()
+        return out
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "width": self.width,
+            "action_dim": self.action_dim,
+            "grippers": list(self.grippers),
+            "trunk": len(self.trunk) > 0,
+            "activation": "relu",
+            "bounded": self.bounded,  # tanh on the arm
+            "gripper": "logit: apply a sigmoid",
+        }
+
+
+def save_decoder(decoder: ActionDecoder, path: Path) -> None:
+    """One safetensors file, its description in the header."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: value.contiguous().cpu() for name, value in decoder.state_dict().items()},
+        path,
+        {"decoder": json.dumps(decoder.describe())},
+    )
+
+
+def load_decoder(path: Path) -> ActionDecoder:
+    """What `save_decoder` wrote."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(path, framework="pt") as stored:
+        told = json.loads((stored.metadata() or {}).get("decoder", "null"))
+    if told is None:
+        raise DataError(f"{path} is no action decoder: its header has no description")
+    decoder = ActionDecoder(
+        told["width"], told["action_dim"], told["grippers"], told["trunk"], told["bounded"]
+    )
+    decoder.load_state_dict(load_file(path))
+    return decoder
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Sizes, and all a folder needs beside weights. `kind` is "teacher" or "anchor"."""
+
+    kind: str
+    cameras: tuple[str, ...]
+    state_mean: tuple[float, ...]
+    state_std: tuple[float, ...]
+    action_dim: int
+    grippers: tuple[int, ...]
+    window: int = 1
+    queries: int = 3
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    vision: str = "conv"
+    image_size: int = 64
+    points: int = 8
+
+
+class EmbeddedPolicy(nn.Module):
+    """The network of the teacher and of the anchor; see the module text."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        mean, std = torch.tensor(c.state_mean), torch.tensor(c.state_std)
+        self.encoder = ObservationEncoder(c.cameras, mean, std, c.width, c.vision, c.image_size, c.points)
+        self.action_queries = nn.Parameter(torch.randn(c.queries, c.width) * 0.02)
+        self.steps = nn.Parameter(torch.randn(c.window, c.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))
+        self.norm = nn.LayerNorm(c.width)
+        self.decoder = ActionDecoder(c.width, c.action_dim, c.grippers)
+
+    def forward(self, images: Sequence[Tensor], state: Tensor, text: Tensor) -> Tensor:
+        """uint8 [B, S, h, w, 3] per camera, [B, S, D], words [B, L] -> hidden [B, S, Q, h]; S <= window."""
+        batch, steps = state.shape[:2]
+        seen = self.encoder(
+            [frames.flatten(0, 1) for frames in images],
+            state.flatten(0, 1),
+            text.repeat_interleave(steps, 0),
+        ).unflatten(0, (batch, steps))
+        place = self.steps[:steps, None]
+        queries = (self.action_queries + place).expand(batch, -1, -1, -1)
+        tokens = torch.cat([seen + place, queries], dim=2)  # [B, S, n + Q, h]
+        mask = visible(steps, seen.shape[2], self.config.queries, tokens.device)
+        flat = tokens.flatten(1, 2)
+        for block in self.blocks:
+            flat = block(flat, mask)
+        return self.norm(flat).unflatten(1, tokens.shape[1:3])[:, :, seen.shape[2] :]
+
+
+def visible(steps: int, seen: int, queries: int, device: torch.device | str) -> Tensor:
+    """Who may look at whom, bool [S (n + Q), S (n + Q)]: observations of the own and earlier steps, and oneself."""
+    step = torch.arange(steps, device=device).repeat_interleave(seen + queries)
+    is_query = (torch.arange(seen + queries, device=device) >= seen).repeat(steps)
+    return ((step[None] <= step[:, None]) & ~is_query[None]) | torch.eye(
+        len(step), dtype=torch.bool, device=device
+    )
+
+
+# -- a folder of weights, opened --------------------------------------------------------------------------
+
+
+class _Opened:
+    """What teacher and anchor share once a folder is open."""
+
+    def __init__(self, folder: Path, kind: str, device: str) -> None:
+        from safetensors.torch import load_file
+
+        path = folder / "policy.json"
+        if not path.is_file():
+            raise UsageError(
+                f"no embedded {kind} in {folder}\n  expected policy.json; make one:  dpipe train {kind}"
+            )
+        told = json.loads(path.read_text())
+        if told.get("policy") != POLICY_VERSION or told["config"]["kind"] != kind:
+            raise DataError(
+                f"{path}: expected an embedded {kind} of version {POLICY_VERSION}, "
+                f"found {told.get('config', {}).get('kind')} of version {told.get('policy')}"
+            )
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in told["config"].items()
+        }
+        config = PolicyConfig(**fields)
+        self.network = EmbeddedPolicy(config)
+        weights = load_file(folder / "model.safetensors")
+        self.network.load_state_dict(weights)
+        self.network.to(device).eval().requires_grad_(False)
+        self.config, self._told, self._device = config, told, device
+        self.action = Normaliser.from_json(told["action"])
+        self.cameras, self.grippers, self.width = config.cameras, config.grippers, config.width
+        hasher = xxhash.xxh3_128()
+        for name, value in sorted(weights.items()):
+            hasher.update(name.encode())
+            hasher.update(value.contiguous().numpy().tobytes())
+        self._weights = hasher.hexdigest()
+
+    @property
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.describe(), sort_keys=True).encode())
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "policy": "embedded",
+            **asdict(self.config),
+            "weights": self._weights,
+            "action_normaliser": self.action.digest,
+            "training": self._told["training"],
+            "augmentation": "off",
+            "stochastic": False,
+        }
+
+    def _run(
+        self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[Any], texts: Sequence[str]
+    ) -> Tensor:
+        frames = [
+            torch.from_numpy(np.ascontiguousarray(images[name])).to(self._device) for name in self.cameras
+        ]
+        robot = torch.from_numpy(np.asarray(state, dtype=np.float32)).to(self._device)
+        with torch.inference_mode():
+            return self.network(frames, robot, text_ids(texts).to(self._device))
+
+
+class EmbeddedTeacher(_Opened):
+    """`Teacher` from a folder."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        super().__init__(folder, "teacher", device)
+        self.window, self.queries = self.config.window, self.config.queries
+
+    def hidden(
+        self, images: Mapping[str, NDArray[np.uint8]], state: NDArray[Any], texts: Sequence[str]
+    ) -> NDArray[np.float32]:
+        return self._run(images, state, texts).float().cpu().numpy()
+
+    def decode(self, hidden: NDArray[Any]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            values = torch.from_numpy(np.asarray(hidden, dtype=np.float32)).to(self._device)
+            return self.network.decoder.actions(values).cpu().numpy()
+
+    def save_decoder(self, path: Path) -> None:
+        save_decoder(self.network.decoder, path)
+
+
+class EmbeddedAnchor(_Opened):
+    """`AnchorPolicy` from a folder; it draws nothing, so seeds change nothing."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        super().__init__(folder, "anchor", device)
+        self.chunk = self.config.queries
+
+    def act(
+        self,
+        images: Mapping[str, NDArray[np.uint8]],
+        state: NDArray[Any],
+        texts: Sequence[str],
+        seeds: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        steps = {name: np.asarray(images[name])[:, None] for name in self.cameras}
+        hidden = self._run(steps, np.asarray(state)[:, None], texts)[:, 0]
+        with torch.inference_mode():
+            arm, logits = self.network.decoder(hidden)
+        return arm.float().cpu().numpy(), logits.float().cpu().numpy()
+
+
+def save_policy(
+    folder: Path, network: EmbeddedPolicy, action: Normaliser, training: Mapping[str, Any]
+) -> None:
+    """Write a folder that `open_teacher` and `open_anchor` read; policy.json last.
+
+    `training` says how the weights came about (seed, steps, threads, data): it is part of the digest.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    save_file(weights, folder / ".model.safetensors.tmp")
+    (folder / ".model.safetensors.tmp").rename(folder / "model.safetensors")
+    told = {
+        "policy": POLICY_VERSION,
+        "config": asdict(network.config),
+        "action": action.to_json(),
+        "training": dict(training),
+    }
+    (folder / ".policy.json.tmp").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / ".policy.json.tmp").rename(folder / "policy.json")
+
+
+def open_teacher(spec: str, device: str = "cpu") -> Teacher:
+    """`embedded:<folder>` or `lerobot:<folder or id>`."""
+    kind, _, rest = spec.partition(":")
+    if kind == "embedded" and rest:
+        return EmbeddedTeacher(Path(rest), device)
+    if kind == "lerobot" and rest:
+        from .lerobot_policy import LeRobotTeacher
+
+        return LeRobotTeacher(rest, device)
+    raise UsageError(f"unknown teacher '{spec}'\n  known: embedded:<folder>, lerobot:<folder or id>")
+
+
+def open_anchor(spec: str, device: str = "cpu") -> AnchorPolicy:
+    """`embedded:<folder>` or `lerobot:<folder or id>`."""
+    kind, _, rest = spec.partition(":")
+    if kind == "embedded" and rest:
+        return EmbeddedAnchor(Path(rest), device)
+    if kind == "lerobot" and rest:
+        from .lerobot_policy import LeRobotAnchor
+
+        return LeRobotAnchor(rest, device)
+    raise UsageError(f"unknown anchor '{spec}'\n  known: embedded:<folder>, lerobot:<folder or id>")
