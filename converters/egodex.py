@@ -28,7 +28,7 @@ from ..schemas.episode import Dropped, Embodiment, Episode, EpisodeRef, Recordin
 from ..schemas.errors import DataError, UsageError
 from ..schemas.features import CameraFeature, Feature
 from ..schemas.rotations import invert_pose, matrix_to_rot6d
-from ..schemas.unified import hand_to_unified, points_to_unified
+from ..schemas.unified import hand_to_dial, points_to_dial
 from . import Converter
 from .archives import STORED, ZipMember, data_offset, open_read_at, read_member, safe_name, zip_members
 from .hdf5 import find_group, open_hdf5, read_dataset
@@ -504,8 +504,8 @@ def _pose_vector(pose: NDArray[np.float64]) -> NDArray[np.floating]:
 
 
 def _dial_wrist(pose: NDArray[np.float64], side: str) -> NDArray[np.floating]:
-    rot6d = matrix_to_rot6d(hand_to_unified(pose[:, :3, :3], side))
-    return np.concatenate([points_to_unified(pose[:, :3, 3]), rot6d], axis=1)
+    rot6d = matrix_to_rot6d(hand_to_dial(pose[:, :3, :3], side))
+    return np.concatenate([points_to_dial(pose[:, :3, 3]), rot6d], axis=1)
 
 
 def embodiment(options: Options, variant: str) -> Embodiment:

@@ -2,10 +2,11 @@
 
 Slots        per side: hand position and rot6d, gripper opening and command, fingertips, arm and hand joints; then
              head, waist and base. A robot with one arm is a right-handed one.
-Axes         z up, metres, radians, in the recording's own frame: no translation and no turn about z is invented,
-             so vectors of different sources compare only where their worlds do. Hands of EgoDex are brought from
-             ARKit axes (y up) and Apple's wrist axes to those of DIAL, by signed permutations.
-Hand         of a gripper the point between its fingers, z axis out of them; of a hand its wrist; rot6d by columns
+Axes         x forward, y left, z up, metres, radians, in the recording's own frame: no translation is invented, so
+             positions of different sources compare up to where their origins are. EgoDex comes from ARKit axes
+             (y up) or camera axes by a signed permutation.
+Hand         position of a gripper is the point between its fingers, of a hand its wrist. Rotation as rot6d by
+             columns: z towards the fingers; of a gripper y the axis they slide along, of a hand x out of its back
 Gripper      0 closed, 1 open, not clipped, so that readings beyond the end stops survive
 Projections  named vectors of published recipes, each piece of them invertible: dial47, dial18, hrdt48, go1,
              libero8, calvin15
@@ -76,12 +77,20 @@ def _layout() -> tuple[dict[str, slice], tuple[str, ...]]:
 SLOTS, NAMES = _layout()
 DIM = len(NAMES)
 
-# World axes, x right in all: ARKit is y up and z backward, a camera y down and z forward, ours y forward and z up.
-ARKIT_TO_UP = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
-CAMERA_TO_UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+# Rows are the unified axes: forward, left, up in ARKit's (x right, y up, z backward) and a camera's (x right, y
+# down, z forward).
+ARKIT_TO_UNIFIED = np.array([[0.0, 0, -1], [-1, 0, 0], [0, 1, 0]])
+CAMERA_TO_UNIFIED = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+ARKIT_TO_DIAL = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # x right, y forward, z up
+# Columns are the unified hand axes in Apple's wrist axes: left x to the fingers, y out of the palm; right x away
+# from the fingers, y into the back of the hand.
+WRIST_TO_HAND = {
+    "left": np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]]),
+    "right": np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]),
+}
 # Apple's wrist axes to DIAL's. DIAL's own matrices have determinant -1, but only their first two columns are kept;
-# these are the proper rotations with the same two columns.
-WRIST_TURN = {"left": np.diag([1.0, -1.0, -1.0]), "right": np.diag([-1.0, -1.0, 1.0])}
+# these are the proper rotations with the same two columns: right [-c0, -c1], left [c0, -c1].
+WRIST_TO_DIAL = {"left": np.diag([1.0, -1.0, -1.0]), "right": np.diag([-1.0, -1.0, 1.0])}
 
 
 @dataclass(frozen=True)
@@ -119,26 +128,34 @@ def from_slots(slots: Mapping[str, Array], frames: int) -> Unified:
 # --- hands seen by a headset -------------------------------------------------------------------------------
 
 
-def hand_to_unified(matrix: NDArray[np.floating], side: str, axes: Array = ARKIT_TO_UP) -> Array:
-    """Wrist rotation [..., 3, 3] as EgoDex stores it -> rotation in unified axes.
-
-    Kept as rot6d this is DIAL's: right [-c0, -c1], left [c0, -c1] of the turned columns.
-    """
-    return axes @ np.asarray(matrix, np.float64) @ WRIST_TURN[side]
+def hand_to_unified(matrix: Array, side: str, axes: Array = ARKIT_TO_UNIFIED) -> Array:
+    """Wrist rotation [..., 3, 3] as EgoDex stores it -> hand rotation in unified axes."""
+    return axes @ np.asarray(matrix, np.float64) @ WRIST_TO_HAND[side]
 
 
-def unified_to_hand(matrix: Array, side: str, axes: Array = ARKIT_TO_UP) -> Array:
+def unified_to_hand(matrix: Array, side: str, axes: Array = ARKIT_TO_UNIFIED) -> Array:
     """The inverse of `hand_to_unified`."""
-    return axes.T @ matrix @ WRIST_TURN[side]
+    return axes.T @ matrix @ WRIST_TO_HAND[side].T
 
 
-def points_to_unified(points: NDArray[np.floating], axes: Array = ARKIT_TO_UP) -> Array:
-    """Points [..., 3] in ARKit's world (x right, y up, z backward) -> x right, y forward, z up."""
+def points_to_unified(points: Array, axes: Array = ARKIT_TO_UNIFIED) -> Array:
+    """Points [..., 3] in ARKit's world (x right, y up, z backward) -> x forward, y left, z up."""
     return np.asarray(points, np.float64) @ axes.T
 
 
-def unified_to_points(points: Array, axes: Array = ARKIT_TO_UP) -> Array:
+def unified_to_points(points: Array, axes: Array = ARKIT_TO_UNIFIED) -> Array:
+    """The inverse of `points_to_unified`."""
     return points @ axes
+
+
+def hand_to_dial(matrix: Array, side: str) -> Array:
+    """Wrist rotation [..., 3, 3] as EgoDex stores it -> DIAL's, proper."""
+    return ARKIT_TO_DIAL @ np.asarray(matrix, np.float64) @ WRIST_TO_DIAL[side]
+
+
+def points_to_dial(points: Array) -> Array:
+    """Points [..., 3] in ARKit's world -> x right, y forward, z up: (x, -z, y)."""
+    return np.asarray(points, np.float64) @ ARKIT_TO_DIAL.T
 
 
 # --- projections -------------------------------------------------------------------------------------------
@@ -229,34 +246,45 @@ def _euler_to_rot6d(euler: Array) -> Array:
     return matrix_to_rot6d(euler_to_matrix(euler))
 
 
-def _hand_forth(side: str) -> Callable[[Array], Array]:
-    return lambda rot6d: matrix_to_rot6d(unified_to_hand(rot6d_to_matrix(rot6d), side))
+# A turn of the world and one of the hand, from unified vectors to a recipe's: matrix -> world @ matrix @ hand.
+_DIAL_WORLD = ARKIT_TO_DIAL @ ARKIT_TO_UNIFIED.T
 
 
-def _hand_back(side: str) -> Callable[[Array], Array]:
-    return lambda rot6d: matrix_to_rot6d(hand_to_unified(rot6d_to_matrix(rot6d), side))
+def _turned(slot: str, world: Array, hand: Array | None = None) -> Piece:
+    """A slot of positions (`hand` None) or of rot6d in axes of the recipe's own."""
 
+    def forth(values: Array) -> Array:
+        if hand is None:
+            return (values.reshape(len(values), -1, 3) @ world.T).reshape(values.shape)
+        return matrix_to_rot6d(world @ rot6d_to_matrix(values) @ hand)
 
-def _points_forth(points: Array) -> Array:
-    return unified_to_points(points.reshape(len(points), -1, 3)).reshape(points.shape)
+    def back(values: Array) -> Array:
+        if hand is None:
+            return (values.reshape(len(values), -1, 3) @ world).reshape(values.shape)
+        return matrix_to_rot6d(world.T @ rot6d_to_matrix(values) @ hand.T)
 
-
-def _points_back(points: Array) -> Array:
-    return points_to_unified(points.reshape(len(points), -1, 3)).reshape(points.shape)
+    return _whole(slot, forth=forth, back=back)
 
 
 def _inverted(gripper: Array) -> Array:
     return 1.0 - gripper
 
 
-_DIAL18 = tuple(_whole(f"{side}_{slot}") for side in ("right", "left") for slot in ("ee_pos", "ee_rot6d"))
-_HRDT48 = tuple(
+_DIAL18 = tuple(
+    piece
+    for side in ("right", "left")
+    for piece in (
+        _turned(f"{side}_ee_pos", _DIAL_WORLD),
+        _turned(f"{side}_ee_rot6d", _DIAL_WORLD, WRIST_TO_HAND[side].T @ WRIST_TO_DIAL[side]),
+    )
+)
+_HRDT48 = tuple(  # as in the file: ARKit's world, Apple's wrists
     piece
     for side in SIDES
     for piece in (
-        _whole(f"{side}_ee_pos", forth=_points_forth, back=_points_back),
-        _whole(f"{side}_ee_rot6d", forth=_hand_forth(side), back=_hand_back(side)),
-        _whole(f"{side}_fingertips", forth=_points_forth, back=_points_back),
+        _turned(f"{side}_ee_pos", ARKIT_TO_UNIFIED.T),
+        _turned(f"{side}_ee_rot6d", ARKIT_TO_UNIFIED.T, WRIST_TO_HAND[side].T),
+        _turned(f"{side}_fingertips", ARKIT_TO_UNIFIED.T),
     )
 )
 _GO1 = tuple(
@@ -420,19 +448,20 @@ def _from_calvin(columns: _Columns, what: str) -> dict[str, Array]:
 
 
 def _from_egodex(columns: _Columns, what: str) -> dict[str, Array]:
-    """The dataset's own layout, in its own frame, with axes turned to z up; hands have no gripper."""
+    """The dataset's own layout, in its own frame, with axes turned; hands have no gripper."""
     feature = "observation.state" if what == "state" else "action"
     layout, frame = columns.conventions["layout"], columns.conventions["frame"]
-    axes = ARKIT_TO_UP if frame == "world" else CAMERA_TO_UP
+    if layout == "dial18":
+        vectors = columns.get(feature)
+        dial = projection("dial18").unproject(vectors)
+        return {name: dial.slot(name) for side in SIDES for name in (f"{side}_ee_pos", f"{side}_ee_rot6d")}
+    axes = ARKIT_TO_UNIFIED if frame == "world" else CAMERA_TO_UNIFIED
     full = layout == "full"
     slots: dict[str, Array] = {}
     for side in SIDES:
         wrist = f"{side}Hand" if full else f"{side}_wrist"
         position = columns.get(feature, *(f"{wrist}_{axis}" for axis in XYZ))
         rot6d = columns.get(feature, *(f"{wrist}_{i}" for i in ROT6D))
-        if layout == "dial18":  # already in these axes
-            slots[f"{side}_ee_pos"], slots[f"{side}_ee_rot6d"] = position, rot6d
-            continue
         slots[f"{side}_ee_pos"] = points_to_unified(position, axes)
         matrix = hand_to_unified(rot6d_to_matrix(rot6d), side, axes)
         slots[f"{side}_ee_rot6d"] = matrix_to_rot6d(matrix)

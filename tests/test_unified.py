@@ -6,16 +6,20 @@ from dpipe.converters import agibot, calvin, egodex, libero
 from dpipe.schemas.errors import DataError, UsageError
 from dpipe.schemas.rotations import matrix_to_rot6d, rot6d_to_matrix
 from dpipe.schemas.unified import (
-    ARKIT_TO_UP,
-    CAMERA_TO_UP,
+    ARKIT_TO_DIAL,
+    ARKIT_TO_UNIFIED,
+    CAMERA_TO_UNIFIED,
     DIM,
     NAMES,
     PROJECTIONS,
     SLOTS,
-    WRIST_TURN,
+    WRIST_TO_DIAL,
+    WRIST_TO_HAND,
     Unified,
     from_slots,
+    hand_to_dial,
     hand_to_unified,
+    points_to_dial,
     points_to_unified,
     projection,
     unified_to_hand,
@@ -48,28 +52,47 @@ def test_slots_fill_the_vector_without_gaps_or_overlap():
 
 
 def test_axis_changes_are_proper_rotations_with_the_known_values():
-    assert np.linalg.det(ARKIT_TO_UP) == pytest.approx(1.0) and np.linalg.det(CAMERA_TO_UP) == pytest.approx(
-        1.0
+    turns = (
+        ARKIT_TO_DIAL,
+        ARKIT_TO_UNIFIED,
+        CAMERA_TO_UNIFIED,
+        *WRIST_TO_HAND.values(),
+        *WRIST_TO_DIAL.values(),
     )
-    assert points_to_unified(np.array([1.0, 2.0, 3.0])).tolist() == [1.0, -3.0, 2.0]
-    # A camera looks along its z, which is forward; its y is down.
-    assert points_to_unified(np.array([1.0, 2.0, 3.0]), CAMERA_TO_UP).tolist() == [1.0, 3.0, -2.0]
+    for turn in turns:
+        assert np.linalg.det(turn) == pytest.approx(1.0) and np.allclose(turn @ turn.T, np.eye(3))
+    right_up_back = np.array([1.0, 2.0, 3.0])
+    assert points_to_dial(right_up_back).tolist() == [1.0, -3.0, 2.0]
+    assert points_to_unified(right_up_back).tolist() == [-3.0, -1.0, 2.0]  # forward, left, up
+    right_down_forward = np.array([1.0, 2.0, 3.0])
+    assert points_to_unified(right_down_forward, CAMERA_TO_UNIFIED).tolist() == [3.0, -1.0, -2.0]
 
 
 @given(st.integers(0, 1000))
 def test_hands_keep_dials_two_columns_and_stay_proper(seed: int):
     matrix = Rotation.random(random_state=seed).as_matrix()
-    turned = ARKIT_TO_UP @ matrix
-    right, left = hand_to_unified(matrix, "right"), hand_to_unified(matrix, "left")
+    turned = ARKIT_TO_DIAL @ matrix
+    right, left = hand_to_dial(matrix, "right"), hand_to_dial(matrix, "left")
     assert np.allclose(right[:, :2], -turned[:, :2])
     assert np.allclose(left[:, 0], turned[:, 0]) and np.allclose(left[:, 1], -turned[:, 1])
     for side, hand in (("right", right), ("left", left)):
         assert np.linalg.det(hand) == pytest.approx(1.0)
-        assert np.allclose(unified_to_hand(hand, side), matrix)
         # DIAL's own matrices: determinant -1, yet the same two columns.
         dial = np.diag([-1.0, -1, -1]) if side == "right" else np.diag([1.0, -1, 1])
         assert np.allclose((turned @ dial)[:, :2], hand[:, :2]) and np.linalg.det(dial) == pytest.approx(-1)
-        assert np.linalg.det(WRIST_TURN[side]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("side", "towards_fingers", "out_of_back"),
+    [("left", [1, 0, 0], [0, -1, 0]), ("right", [-1, 0, 0], [0, 1, 0])],
+)
+def test_a_hand_is_turned_as_a_gripper_would_hold(side, towards_fingers, out_of_back):
+    """Apple's wrists: left x to the fingers, y out of the palm; right x from the fingers, y into the back."""
+    matrix = rotations(3, 1)[0]
+    hand = hand_to_unified(matrix, side)
+    assert np.allclose(hand[:, 2], ARKIT_TO_UNIFIED @ matrix @ towards_fingers)
+    assert np.allclose(hand[:, 0], ARKIT_TO_UNIFIED @ matrix @ out_of_back)
+    assert np.allclose(unified_to_hand(hand, side), matrix)
 
 
 def test_dial47_stands_in_the_order_of_the_code():
@@ -238,7 +261,7 @@ def test_every_egodex_layout_gives_the_same_hands(layout: str):
     for side in ("left", "right"):
         hand = poses[f"{side}Hand"]
         x, y, z = hand[:, :3, 3].T
-        assert np.allclose(unified.slot(f"{side}_ee_pos"), np.stack([x, -z, y], axis=1))
+        assert np.allclose(unified.slot(f"{side}_ee_pos"), np.stack([-z, -x, y], axis=1))
         matrix = rot6d_to_matrix(unified.slot(f"{side}_ee_rot6d"))
         assert np.allclose(unified_to_hand(matrix, side), hand[:, :3, :3])
         if layout != "dial18":
@@ -262,13 +285,13 @@ def test_hrdt48_projected_back_is_what_the_file_held():
 
 
 @pytest.mark.parametrize("frame", ["camera", "first-camera"])
-def test_camera_frames_turn_forward_and_up_too(frame: str):
+def test_camera_frames_turn_too(frame: str):
     options = egodex.Options(frame=frame)
     columns, poses = egodex_columns(options)
     unified = unify_state(egodex.embodiment(options, ""), columns)
     camera = poses["camera"] if frame == "camera" else poses["camera"][:1]
     x, y, z = (np.linalg.inv(camera) @ poses["leftHand"])[:, :3, 3].T
-    assert np.allclose(unified.slot("left_ee_pos"), np.stack([x, z, -y], axis=1))
+    assert np.allclose(unified.slot("left_ee_pos"), np.stack([z, -x, -y], axis=1))
     assert unified.has("head_pos") and np.allclose(unified.slot("head_pos")[0], 0)
 
 
