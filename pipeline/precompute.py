@@ -17,12 +17,14 @@ computes one episode. Dataset part k and target part k hold the same episodes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import queue
 import shutil
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -57,6 +59,8 @@ TARGETS = Path("dpipe") / "targets"
 PREFETCHED_BLOCKS = 2
 WAITING_BLOCKS = 4
 COPIED_ROWS = 1024
+# Parts below this are synced once, together, before the contract; until then a rerun checks their digests.
+DURABLE_BYTES = 32 * 2**20
 NEAR_FRAMES = 8  # frames further apart than this are decoded one by one rather than read through
 
 
@@ -87,6 +91,10 @@ class DiskDataset:
     info: DatasetInfo = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ahead: dict[str, _DecodedAhead] = field(default_factory=dict)
+    _parts: list[range] = field(default_factory=list)
+    _held: int = -1
+    _columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    _ends: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         self.info = dataset_info(self.dataset)
@@ -95,7 +103,27 @@ class DiskDataset:
         return len(self.dataset)
 
     def episode(self, position: int) -> DiskEpisode:
-        return DiskEpisode(self, position)
+        return DiskEpisode(self, range(position, position + 1))
+
+    def stretches(self) -> Iterator[DiskEpisode]:
+        return (DiskEpisode(self, part) for part in self.dataset.parts())
+
+    def columns(self, names: Sequence[str], episodes: range) -> dict[str, NDArray[Any]]:
+        """Columns of consecutive episodes, out of the part that was read last: parts are read whole."""
+        if not self._parts:
+            self._parts = self.dataset.parts()
+        at = bisect_right(self._parts, episodes.start, key=lambda part: part.start) - 1
+        part = self._parts[at]
+        if episodes.stop > part.stop:
+            return self.dataset.all_columns(names, episodes)
+        if self._held != at:
+            self._held, self._columns = at, {}
+            self._ends = np.cumsum(self.dataset.episodes.length[part.start : part.stop])
+        if missing := [name for name in names if name not in self._columns]:
+            self._columns |= self.dataset.all_columns(missing, part)
+        first = int(self._ends[episodes.start - part.start - 1]) if episodes.start > part.start else 0
+        last = int(self._ends[episodes.stop - part.start - 1])
+        return {name: self._columns[name][first:last] for name in names}
 
 
 def dataset_info(dataset: Dataset) -> DatasetInfo:
@@ -114,14 +142,21 @@ def dataset_info(dataset: Dataset) -> DatasetInfo:
 
 @dataclass
 class DiskEpisode:
-    """An `EpisodeView`: columns on demand, frames decoded ahead in a thread of their own."""
+    """An `EpisodeView`: columns on demand, frames decoded ahead in a thread of their own.
+
+    It may span several consecutive episodes for a stage that does not care where they begin.
+    """
 
     owner: DiskDataset
-    index: int
+    span: range
+
+    @property
+    def index(self) -> int:
+        return self.span.start
 
     @property
     def frames(self) -> int:
-        return int(self.owner.dataset.episodes.length[self.index])
+        return int(self.owner.dataset.episodes.length[self.span.start : self.span.stop].sum())
 
     @property
     def text(self) -> str:
@@ -129,7 +164,7 @@ class DiskEpisode:
         return tasks[0] if tasks else ""
 
     def columns(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        found = self.owner.dataset.columns(names, self.index)
+        found = self.owner.columns(names, self.span)
         return {name: values.reshape(len(values), -1) for name, values in found.items()}
 
     def images(self, camera: str, rows: NDArray[np.int64], block: int) -> Iterator[NDArray[np.uint8]]:
@@ -207,6 +242,19 @@ class _DecodedAhead:
             return frames if len(frames) == len(rows) else frames[rows - first]
 
 
+class _Direct:
+    """Appends blocks where they are made: for parts so small that a thread would cost more."""
+
+    def __init__(self, writers: Mapping[str, ArrayWriter]) -> None:
+        self._writers = writers
+
+    def put(self, name: str, rows: NDArray[Any]) -> None:
+        self._writers[name].append(rows)
+
+    def finish(self) -> None:
+        pass
+
+
 class _Sink:
     """Appends blocks to arrays in a thread of its own, so that writing hides behind the next block's work."""
 
@@ -254,8 +302,8 @@ class PartJob:
     key: str
     episodes: tuple[int, ...]
     contents: tuple[str, ...]
-    source: str
-    """Digest of the whole dataset: a worker that has an older one open opens it again."""
+    terms: str
+    """Digest over the whole dataset and what was prepared: a worker that has others open opens these."""
     copies: Mapping[str, Mapping[str, tuple[str, int, int]]]
     """content -> array -> (folder, start row, rows) in an older part of the same target."""
     level: int | None = None
@@ -322,6 +370,7 @@ class _TargetRun:
         self.variant = self.name or self.stage.variant(self.params, self.view.info)
         self.folder = self.base / self.stage.name / self.variant
         self.contents = self.dataset.contents()
+        self.finished: set[str] = set()
         self.terms = {
             "stage": self.stage.name,
             "version": self.stage.version,
@@ -346,6 +395,7 @@ class _TargetRun:
             prepared = self._prepare()
             specs = self.stage.makes(self.params, self.view.info, prepared)
             jobs = self._jobs(prepared)
+            self.finished = _finished_keys(self.folder)
             wanted = {job.key: job for job in jobs}
             waiting = [job for job in jobs if not self._is_done(job, specs)]
             require_space(self.folder, self._bytes(specs, waiting), f"dpipe precompute {self.stage.name}")
@@ -355,6 +405,7 @@ class _TargetRun:
             write_group(self.folder, {"dpipe": "target"})
             for spec in specs:
                 write_group(self.folder / spec.name, {})
+            (self.folder / "parts").mkdir(exist_ok=True)
             if self.stage.uses_model(self.params) and scheduler is None:
                 workers = 0  # the model has every thread; decoding runs beside it
             with (
@@ -437,7 +488,8 @@ class _TargetRun:
         return _load_prepared(self.folder, _read_json(path))
 
     def _jobs(self, prepared: Prepared) -> list[PartJob]:
-        settled, source = prepared_digest(prepared), contents_digest(self.contents)
+        settled = prepared_digest(prepared)
+        terms = digest_of([str(self.folder), self.terms, settled, contents_digest(self.contents)])
         jobs = []
         for part, episodes in enumerate(self.dataset.parts()):
             contents = tuple(self.contents[e] for e in episodes)
@@ -454,7 +506,7 @@ class _TargetRun:
                     key,
                     tuple(episodes),
                     contents,
-                    source,
+                    terms,
                     {},
                 )
             )
@@ -493,12 +545,7 @@ class _TargetRun:
 
     def _bytes(self, specs: Sequence[ArraySpec], jobs: Sequence[PartJob]) -> int:
         lengths = self.dataset.episodes.length
-        return sum(
-            spec.rows(int(lengths[e])) * spec.row_bytes
-            for job in jobs
-            for e in job.episodes
-            for spec in specs
-        )
+        return sum(expected_bytes(specs, lengths[list(job.episodes)]) for job in jobs)
 
     def _announce(self, waiting: Sequence[PartJob], jobs: Sequence[PartJob]) -> None:
         if len(waiting) < len(jobs):
@@ -543,6 +590,7 @@ class _TargetRun:
             and (self.folder / "episodes.parquet").is_file()
         ):
             return done
+        _sync_file_system(self.folder)
         if self.stage.report is not None:
             self.events.say(f"{self.stage.name}: making its report")
             reader = _DiskReader(self.folder, index)
@@ -557,31 +605,30 @@ class _TargetRun:
 def make_part(job: PartJob) -> dict[str, Any]:
     """Make one part: every array, then its receipt. Runs in a worker; leaves nothing half-named behind."""
     view, stage, run, specs = _opened(job)
+    lengths = view.dataset.episodes.length
+    durable = expected_bytes(specs, lengths[list(job.episodes)]) >= DURABLE_BYTES
     paths = {spec.name: array_path(job.folder, spec, job.part, job.key) for spec in specs}
-    writers = {spec.name: ArrayWriter(paths[spec.name], spec, job.level) for spec in specs}
-    sink = _Sink(writers)
+    writers = {spec.name: ArrayWriter(paths[spec.name], spec, job.level, durable) for spec in specs}
+    sink = _Sink(writers) if durable else _Direct(writers)
     episodes: list[dict[str, Any]] = []
     mine = [e for e, content in zip(job.episodes, job.contents, strict=True) if content not in job.copies]
     try:
         view.ahead = _decode_ahead(view, stage.wishes(job.params, view.info), mine)
-        for position, content in zip(job.episodes, job.contents, strict=True):
-            episode = view.episode(position)
+        for span in _spans(job, stage.pointwise(job.params)):
+            stretch = DiskEpisode(view, span)
+            contents = job.contents[span.start - job.episodes[0] : span.stop - job.episodes[0]]
             rows = {spec.name: 0 for spec in specs}
-            blocks = _copied(job, content) if content in job.copies else run(episode)
-            for block in blocks:
+            for block in _copied(job, contents[0]) if contents[0] in job.copies else run(stretch):
                 for name, values in block.items():
                     sink.put(name, values)
                     rows[name] += len(values)
-            _check_rows(stage, specs, rows, episode)
-            episodes.append(
-                {
-                    "content": content,
-                    "frames": episode.frames,
-                    "rows": {spec.axis: rows[spec.name] for spec in specs},
-                }
-            )
+            _check_rows(stage, specs, rows, stretch)
+            for position, content in zip(span, contents, strict=True):
+                frames = int(lengths[position])
+                # Rows of a stretch belong to its episodes frame by frame, or it would not be pointwise.
+                counts = {spec.axis: rows[spec.name] if len(span) == 1 else frames for spec in specs}
+                episodes.append({"content": content, "frames": frames, "rows": counts})
         sink.finish()
-        rows = {spec.axis: writers[spec.name].rows for spec in specs}
         for spec in specs:
             if paths[spec.name].exists():  # left by a run that was killed before its receipt
                 shutil.rmtree(paths[spec.name])
@@ -596,10 +643,38 @@ def make_part(job: PartJob) -> dict[str, Any]:
         for ahead in view.ahead.values():
             ahead.close()
         view.ahead = {}
+    rows = {spec.axis: writers[spec.name].rows for spec in specs}
     size = sum(spec.row_bytes * rows[spec.axis] for spec in specs)
-    receipt = {"part": job.part, "key": job.key, "rows": rows, "bytes": size, "episodes": episodes}
-    write_json(receipt_path(job), receipt, indent=None)
+    receipt = {
+        "part": job.part,
+        "key": job.key,
+        "rows": rows,
+        "bytes": size,
+        "durable": durable,
+        "digests": {name: writer.digest for name, writer in writers.items()},
+        "episodes": episodes,
+    }
+    path = receipt_path(job)
+    if durable:
+        write_json(path, receipt, indent=None)
+    else:
+        temporary = temporary_name(path)
+        temporary.write_text(json.dumps(receipt) + "\n")
+        temporary.replace(path)
     return {"receipt": receipt, "computed": len(mine), "copied": len(episodes) - len(mine), "bytes": size}
+
+
+def _spans(job: PartJob, pointwise: bool) -> Iterator[range]:
+    """Episodes to work on one by one; runs of new ones together where a row depends on its frame alone."""
+    start = job.episodes[0]
+    while start < job.episodes[0] + len(job.episodes):
+        stop = start + 1
+        if pointwise and job.contents[start - job.episodes[0]] not in job.copies:
+            end = job.episodes[0] + len(job.episodes)
+            while stop < end and job.contents[stop - job.episodes[0]] not in job.copies:
+                stop += 1
+        yield range(start, stop)
+        start = stop
 
 
 def _copied(job: PartJob, content: str) -> Iterator[dict[str, NDArray[Any]]]:
@@ -623,6 +698,11 @@ def _decode_ahead(
     return ahead
 
 
+def expected_bytes(specs: Sequence[ArraySpec], lengths: NDArray[np.int64]) -> int:
+    """Of arrays whose rows follow from the number of frames; ragged ones are not foreseen."""
+    return sum(int((-(-lengths // spec.every)).sum()) * spec.row_bytes for spec in specs if spec.every)
+
+
 def _check_rows(
     stage: Stage, specs: Sequence[ArraySpec], rows: Mapping[str, int], episode: EpisodeView
 ) -> None:
@@ -637,18 +717,17 @@ def _check_rows(
             )
 
 
-_OPEN: dict[str, tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...]]] = {}
+_OPEN: dict[tuple[Path, str], tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...]]] = {}
 
 
 def _opened(job: PartJob) -> tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...]]:
     """The dataset and the stage's model, opened once per worker and target."""
-    saved = _read_json(job.folder / "prepared.json")
-    name = canonical_json([str(job.root), str(job.folder), job.source, saved])
+    name = (job.root, job.terms)
     if name not in _OPEN:
         _OPEN.clear()
         stage = load_stage(job.stage)
         view = DiskDataset(open_dataset(job.root))
-        prepared = _load_prepared(job.folder, saved)
+        prepared = _load_prepared(job.folder, _read_json(job.folder / "prepared.json"))
         run = stage.open(job.params, view.info, prepared)
         _OPEN[name] = (view, stage, run, stage.makes(job.params, view.info, prepared))
     return _OPEN[name]
@@ -747,6 +826,30 @@ class _DiskReader:
         axis = _read_json(place / "zarr.json")["dimension_names"][0]
         start, rows = self.index[f"{axis}_start"][position], self.index[f"{axis}_rows"][position]
         return open_array(place)[start : start + rows]
+
+
+def _finished_keys(folder: Path) -> set[str]:
+    """Keys of the parts a finished target names: what they hold has been synced."""
+    path = folder / "contract.json"
+    return {part["key"] for part in _read_json(path)["parts"]} if path.is_file() else set()
+
+
+def _sync_file_system(folder: Path) -> None:
+    """Make every file below a folder durable at once: one call where many small syncs would queue."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) == 0:
+            return
+    except AttributeError:  # not Linux
+        pass
+    finally:
+        os.close(descriptor)
+    for path in sorted(folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove_unused(folder: Path, specs: Sequence[ArraySpec], jobs: Sequence[PartJob]) -> None:

@@ -127,14 +127,17 @@ class Normaliser:
     def normalise(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
         """Native [..., D] -> normalised [..., D] float64. Non-finite values stay non-finite."""
         native = self._checked(values)
-        scaled = self._formula(native)
-        low, high = np.array(self.low), np.array(self.high)
-        return self._by_kind(
-            scaled=scaled,
-            binary=np.where(np.isfinite(native), np.where(native > (low + high) / 2, 1.0, -1.0), native),
-            bounds=np.clip(_affine(native, low, np.where(high > low, high - low, 1.0)), -1.0, 1.0),
-            raw=native,
-        )
+        result = self._formula(native)
+        for d, kind in enumerate(self.kinds):
+            own, low, high = native[..., d], self.low[d], self.high[d]
+            if kind == BINARY:
+                two = np.where(own > (low + high) / 2, 1.0, -1.0)
+                result[..., d] = np.where(np.isfinite(own), two, own)
+            elif kind == BOUNDS:
+                result[..., d] = np.clip(2 * (own - low) / (high - low if high > low else 1.0) - 1, -1.0, 1.0)
+            elif kind == RAW:
+                result[..., d] = own
+        return result
 
     def denormalise(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
         """Normalised [..., D] -> native [..., D]; exact inverse of what was neither clipped nor constant."""
@@ -151,12 +154,10 @@ class Normaliser:
             scaled = np.where(self.constant, low, scaled)
         elif mode.constant == "raw":
             scaled = np.where(self.constant, normal, scaled)
-        return self._by_kind(
-            scaled=scaled,
-            binary=np.where(np.isfinite(normal), np.where(normal > 0, high, low), normal),
-            bounds=(normal + 1) / 2 * np.where(high > low, high - low, 1.0) + low,
-            raw=normal,
-        )
+        binary = np.where(np.isfinite(normal), np.where(normal > 0, high, low), normal)
+        bounds = (normal + 1) / 2 * np.where(high > low, high - low, 1.0) + low
+        kinds = np.array(self.kinds)
+        return np.select([kinds == BINARY, kinds == BOUNDS, kinds == RAW], [binary, bounds, normal], scaled)
 
     def clipped(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Where native values [..., D] lie beyond what the clip keeps; the fastest motion usually does."""
@@ -188,17 +189,22 @@ class Normaliser:
         return normaliser
 
     def _formula(self, native: NDArray[np.float64], clip: bool = True) -> NDArray[np.float64]:
+        """The mode's formula on every dimension, in a new array; written in place because it is what costs."""
         mode = MODES[self.mode]
-        low = np.array(self.low)
         if self.mode == "identity":
-            return native
-        span = self._divisor()
-        scaled = (native - low) / span if mode.low == "mean" else _affine(native, low, span)
-        if mode.constant == "zero":
-            scaled = np.where(np.array(self.constant) & np.isfinite(native), 0.0, scaled)
-        elif mode.constant == "raw":
-            scaled = np.where(self.constant, native, scaled)
-        return scaled if self.clip is None or not clip else np.clip(scaled, -self.clip, self.clip)
+            return native.copy()
+        result = native - np.array(self.low)
+        if mode.low != "mean":
+            result *= 2
+        result /= self._divisor()
+        if mode.low != "mean":
+            result -= 1
+        if any(self.constant) and mode.constant != "formula":
+            still = np.array(self.constant) & np.isfinite(native)
+            result = np.where(still, 0.0 if mode.constant == "zero" else native, result)
+        if self.clip is not None and clip:
+            np.clip(result, -self.clip, self.clip, out=result)
+        return result
 
     def _divisor(self) -> NDArray[np.float64]:
         """What scaled values are divided by; 1 where the mode answers a still dimension without dividing."""
@@ -208,13 +214,6 @@ class Normaliser:
         span = np.where(span == 0, self.eps, span) if mode.eps_if_zero else span + self.eps
         # Dimensions of another kind, and still ones under a mode without eps, are never read from here.
         return np.where(span == 0, 1.0, span)
-
-    def _by_kind(self, **answers: NDArray[np.float64]) -> NDArray[np.float64]:
-        result = answers[SCALED].copy()
-        for kind in (BINARY, BOUNDS, RAW):
-            chosen = np.array([own == kind for own in self.kinds])
-            result = np.where(chosen, answers[kind], result)
-        return result
 
     def _shaped(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
         wide = np.asarray(values, dtype=np.float64)
@@ -235,12 +234,6 @@ class Normaliser:
                     "  Choose another:  --normaliser q01q99  (or minmax)"
                 )
         return native
-
-
-def _affine(
-    native: NDArray[np.float64], low: NDArray[np.float64], span: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    return 2 * (native - low) / span - 1
 
 
 def make_normaliser(

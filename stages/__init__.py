@@ -85,8 +85,10 @@ class FrameWish:
 class EpisodeView(Protocol):
     """One episode while a stage works on it. Rows and frames are local to it, 0 .. frames - 1."""
 
-    index: int
-    """Its place in the dataset."""
+    @property
+    def index(self) -> int:
+        """Its place in the dataset."""
+        ...
 
     @property
     def frames(self) -> int: ...
@@ -116,6 +118,11 @@ class DatasetView(Protocol):
     def __len__(self) -> int: ...
 
     def episode(self, position: int) -> EpisodeView: ...
+
+    def stretches(self) -> Iterator[EpisodeView]:
+        """The whole dataset as a few long stretches, each seen as though it were one episode: columns only,
+        for work that does not care where episodes begin."""
+        ...
 
 
 class TargetReader(Protocol):
@@ -167,6 +174,8 @@ class Stage:
     """JSON for report.json; pictures go into the folder given."""
     uses_model: Callable[[Any], bool] = lambda params: False
     """Whether the work is a model's forward pass: it then runs in one process, with all its threads."""
+    pointwise: Callable[[Any], bool] = lambda params: False
+    """Whether a row depends on its own frame alone: `run` is then given many episodes as one."""
     wishes: Callable[[Any, DatasetInfo], tuple[FrameWish, ...]] = lambda params, info: ()
     """The frames it will ask of every episode, so that they are decoded ahead, across episodes."""
 

@@ -82,8 +82,8 @@ def fitted_blocks(dataset: DatasetView, column: str, relative: bool, chunk: int)
     """The rows a normaliser is fitted on: a column's own, or every unpadded step of every chunk."""
 
     def absolute() -> Iterator[NDArray[Any]]:
-        for _, (values,) in column_rows(dataset, [column]):
-            yield values
+        for stretch in dataset.stretches():
+            yield stretch.columns([column])[column]
 
     def offsets() -> Iterator[NDArray[Any]]:
         reference = reference_of(dataset.info, column)

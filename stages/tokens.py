@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schemas.bins import BIN_GRID, centre, encode, invalid_token, token_dtype
+from ..schemas.bins import BIN_GRID, encode, invalid_token, residual, token_dtype
 from ..schemas.contract import ArraySpec
 from ..schemas.errors import UsageError
 from ..schemas.normalisers import DEFAULT_MODE, IMPORTERS, MODES, Normaliser
@@ -88,15 +88,18 @@ class Params:
                 raise UsageError(f"--bins: {error}") from None
 
 
-def tokens_of_episode(
-    actions: NDArray[Any], normaliser: Normaliser, bins: int
-) -> tuple[NDArray[np.unsignedinteger], NDArray[np.float16]]:
-    """Native actions [..., D] -> tokens and residuals [..., D]; a row with a value not finite is invalid."""
-    finite = np.all(np.isfinite(actions), axis=-1, keepdims=True)
-    normal = np.where(finite, normaliser.normalise(actions), np.nan)
-    tokens = encode(normal, bins)
-    rest = np.clip(normal, -1, 1) - centre(tokens, bins)
-    return tokens, np.where(finite, rest, 0.0).astype(np.float16)
+def normalised(actions: NDArray[Any], normaliser: Normaliser) -> NDArray[np.float64]:
+    """Native actions [..., D] -> normalised; a row with a value that is not finite is NaN throughout."""
+    result = normaliser.normalise(actions)
+    finite = np.isfinite(result)
+    if not finite.all():
+        result[~finite.all(axis=-1)] = np.nan
+    return result
+
+
+def residuals(normal: NDArray[np.float64], tokens: NDArray[np.integer], bins: int) -> NDArray[np.float16]:
+    """Clipped action minus the centre of its bin, 0 where invalid."""
+    return np.nan_to_num(residual(normal, tokens, bins)).astype(np.float16)
 
 
 def variant(params: Params, info: DatasetInfo) -> str:
@@ -154,12 +157,12 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
 
     def run(episode: EpisodeView) -> Iterator[Block]:
         actions, inside = _actions(params, episode, reference)
-        block: dict[str, NDArray[Any]] = {"valid": np.isfinite(actions).all(axis=-1) & inside}
+        normal = normalised(actions, normaliser)
+        block: dict[str, NDArray[Any]] = {"valid": np.isfinite(normal[..., 0]) & inside}
         for n in params.bins:
-            tokens, rest = tokens_of_episode(actions, normaliser, n)
-            block[f"tok_N{n}"] = tokens
+            block[f"tok_N{n}"] = encode(normal, n)
             if params.residual:
-                block[f"resid_N{n}"] = rest
+                block[f"resid_N{n}"] = residuals(normal, block[f"tok_N{n}"], n)
         yield block
 
     return run
@@ -186,8 +189,9 @@ def report(
     reference = reference_of(dataset.info, params.column) if params.relative else None
     clipped, steps, invalid = np.zeros(len(names)), 0, 0
     odd_gripper = 0
-    for position in range(len(dataset)):
-        actions, inside = _actions(params, dataset.episode(position), reference)
+    whole = dataset.stretches() if reference is None else map(dataset.episode, range(len(dataset)))
+    for stretch in whole:
+        actions, inside = _actions(params, stretch, reference)
         finite = np.isfinite(actions).all(axis=-1)
         rows = actions[finite & inside]
         clipped += normaliser.clipped(rows).sum(axis=0)
@@ -315,4 +319,5 @@ STAGE = Stage(
     makes=makes,
     open=open_run,
     report=report,
+    pointwise=lambda params: not params.relative,
 )

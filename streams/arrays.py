@@ -59,13 +59,17 @@ class ArrayWriter:
     """Appends rows to one array in bounded memory; nothing has the final name before `close`.
 
     The folder appears whole: written under a temporary name, synced, renamed. Leaving the `with` block by an
-    exception removes the temporary folder.
+    exception removes the temporary folder. `digest` (xxh3-128 of the shard) is known after `close`. Without
+    `durable` nothing is synced: for many small arrays whose owner syncs once and checks digests before that.
     """
 
-    def __init__(self, path: Path, spec: ArraySpec, level: int | None = None):
+    def __init__(self, path: Path, spec: ArraySpec, level: int | None = None, durable: bool = True):
+        import xxhash
+
         if str(spec.stored) not in _DTYPES:
             raise ValueError(f"array '{spec.name}': no Zarr v3 core type for {spec.dtype}")
-        self.path, self.spec, self.level = path, spec, level
+        self.path, self.spec, self.level, self.durable = path, spec, level, durable
+        self._hash = xxhash.xxh3_128()
         self.rows = 0
         self._unsynced = 0
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,8 +94,7 @@ class ArrayWriter:
         self.rows += len(rows)
         little = np.ascontiguousarray(rows, dtype=self.spec.stored.newbyteorder("<"))
         if self.level is None:
-            self._file.write(little.data if little.size else b"")
-            self._sync_some(little.nbytes)
+            self._write(little.data if little.size else b"")
             return
         # A copy, because compressing waits for whole chunks and the caller may reuse its buffer.
         self._waiting.append(little.copy())
@@ -99,13 +102,20 @@ class ArrayWriter:
         if self._waiting_rows >= self._chunk_rows:
             self._compress(whole_chunks_only=True)
 
-    def _sync_some(self, size: int) -> None:
-        """Hand what was written to the disk now and then, so that `close` finds little left to wait for."""
-        self._unsynced += size
-        if self._unsynced >= SYNC_BYTES:
-            self._file.flush()
-            os.fdatasync(self._file.fileno())
-            self._unsynced = 0
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def _write(self, data: Any) -> None:
+        self._hash.update(data)
+        self._file.write(data)
+        if self.durable:
+            # Hand what was written to the disk now and then, so that `close` finds little left to wait for.
+            self._unsynced += len(data) if isinstance(data, bytes) else data.nbytes
+            if self._unsynced >= SYNC_BYTES:
+                self._file.flush()
+                os.fdatasync(self._file.fileno())
+                self._unsynced = 0
 
     def close(self) -> Path:
         """Write index and metadata, make them durable, give the array its name."""
@@ -116,23 +126,26 @@ class ArrayWriter:
         else:
             self._chunk_rows = max(1, min(self._chunk_rows, self.rows))
             padding = -self.rows % self._chunk_rows
-            self._file.write(bytes(padding * self.spec.row_bytes))
+            self._write(bytes(padding * self.spec.row_bytes))
             chunk = self._chunk_rows * self.spec.row_bytes
             self._sizes = [chunk] * ((self.rows + padding) // self._chunk_rows)
         if self.rows and self.spec.row_bytes:
-            self._file.write(_index_bytes(self._sizes))
+            self._write(_index_bytes(self._sizes))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self.durable:
+            os.fsync(self._file.fileno())
         self._file.close()
         if not (self.rows and self.spec.row_bytes):
             self._shard.unlink()  # an array without elements has no chunks
-        _write_synced(self._temporary / "zarr.json", json.dumps(self._metadata(), indent=1))
-        for folder in (self._shard.parent, *self._shard.parent.parents):
-            _sync_folder(folder)
-            if folder == self._temporary:
-                break
+        _write_text(self._temporary / "zarr.json", json.dumps(self._metadata()), self.durable)
+        if self.durable:
+            for folder in (self._shard.parent, *self._shard.parent.parents):
+                _sync_folder(folder)
+                if folder == self._temporary:
+                    break
         self._temporary.rename(self.path)
-        _sync_folder(self.path.parent)
+        if self.durable:
+            _sync_folder(self.path.parent)
         return self.path
 
     def abort(self) -> None:
@@ -164,7 +177,7 @@ class ArrayWriter:
             if len(chunk) < step:
                 chunk = np.concatenate([chunk, np.zeros((step - len(chunk), *chunk.shape[1:]), chunk.dtype)])
             packed = codec.encode(np.ascontiguousarray(chunk))
-            self._file.write(packed)
+            self._write(packed)
             self._sizes.append(len(packed))
         self._waiting = [rows[stop:]] if stop < len(rows) else []
         self._waiting_rows = len(rows) - stop
@@ -218,7 +231,7 @@ def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
     temporary = path / f".zarr.json.{os.getpid()}.tmp"
-    _write_synced(temporary, json.dumps(group, indent=1))
+    _write_text(temporary, json.dumps(group, indent=1), durable=True)
     temporary.replace(path / "zarr.json")
     _sync_folder(path)
 
@@ -230,6 +243,17 @@ def read_spec(path: Path) -> tuple[ArraySpec, int]:
     axis, *axes = data["dimension_names"]
     spec = ArraySpec(path.name, tuple(data["shape"][1:]), dtype, tuple(axes), data["attributes"], axis)
     return spec, int(data["shape"][0])
+
+
+def shard_digest(path: Path) -> str:
+    """xxh3-128 of an array's shard as it is on disk; that of nothing where it has none."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for shard in sorted((path / "c").rglob("0")):
+        if shard.is_file():
+            digest.update(shard.read_bytes())
+    return digest.hexdigest()
 
 
 def open_array(path: Path, verify: bool = False) -> NDArray[Any] | CompressedRows:
@@ -359,11 +383,12 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def _write_synced(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str, durable: bool) -> None:
     with open(path, "w") as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

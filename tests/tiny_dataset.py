@@ -53,9 +53,17 @@ def write_tiny(
     """Episodes (seed, frames); `parts` are numbers of episodes per data file (one file by default)."""
     parts = list(parts) or [len(episodes)]
     assert sum(parts) == len(episodes)
+    names = {"observation.state": STATE, "action": ACTION}
+    widths = {name: values.shape[1] for name, values in columns(0, 2).items()}
     features = {
-        "observation.state": {"dtype": "float32", "shape": [4], "names": list(STATE)},
-        "action": {"dtype": "float32", "shape": [4], "names": list(ACTION)},
+        name: {
+            "dtype": "float32",
+            "shape": [width],
+            "names": list(names[name]) if width == len(names[name]) else [f"d{i}" for i in range(width)],
+        }
+        for name, width in widths.items()
+    }
+    features |= {
         "timestamp": {"dtype": "float32", "shape": [1], "names": None},
         **{
             name: {"dtype": "int64", "shape": [1], "names": None}
