@@ -76,7 +76,7 @@ def build_catalog(
     progress.begin("scan", len(todo), "recordings")
     by_name = {recording.name: recording for recording in todo}
     for recording in todo:
-        executor.submit(recording.name, scan_recording, converter.name, recording, options)
+        executor.submit(recording.name, scan_recording, converter.address, recording, options)
     for name, outcome in executor.results():
         if isinstance(outcome, Failure):
             files = tuple(path.name for path in by_name[name].files)

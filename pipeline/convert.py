@@ -124,17 +124,17 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
     if not _chosen(catalog, _order(journal), request) and not _order(journal):
         raise _nothing_left(request, catalog)
     with (
-        exclusive(journal, f"convert {request.source}", share=request.share),
+        exclusive(journal, f"convert {converter.name}", share=request.share),
         stop_requests(request.max_time_s) as stop,
         _Lazy(stop, request) as executors,
     ):
         recover(request.out)
+        embodiment = converter.embodiment_of(request.raw, request.options, request.variant)
         _check_settings(request, converter, journal)
         if catalog.fresh or not (journal / "scan.jsonl").is_file():
             write_file(journal / "scan.jsonl", catalog.memory().encode())
         refs = _chosen(catalog, _order(journal), request)
         by_id = {ref.source_id: ref for ref in refs}
-        embodiment = converter.embodiment(request.options, refs[0].variant if refs else "")
         receipts = load_receipts(request.out)
         work = _plan(request, converter, journal, refs, receipts)
         if request.finish_only and work.parts:
@@ -146,7 +146,7 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
             require_space(request.out, need, f"converting {len(work.todo)} episodes")
             executor = executors.heavy(len(work.todo))
             progress.say(
-                f"convert {request.source}: {len(work.todo)} episodes to do, in {executor.description}"
+                f"convert {converter.name}: {len(work.todo)} episodes to do, in {executor.description}"
             )
         else:
             executor = executors.light()
@@ -156,7 +156,7 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
         result = finish(
             request.out,
             name=request.name,
-            source=request.source,
+            source=converter.name,
             converter_version=converter.version,
             options=asdict(request.options),
             video=request.video,
@@ -302,7 +302,7 @@ def plan_conversion(request: ConvertRequest, catalog: Catalog) -> ConvertPlan:
     cameras = len(refs[0].cameras) if refs else 0
     sizes = {path: path.stat().st_size for ref in todo for path in ref.files if path.exists()}
     return ConvertPlan(
-        source=request.source,
+        source=converter.name,
         root=request.out,
         recordings=catalog.recordings,
         episodes=len(refs),
@@ -360,7 +360,8 @@ def _job(
     request: ConvertRequest, ref: EpisodeRef, base: str, spool: Path, embodiment: Embodiment | None = None
 ) -> EpisodeJob:
     if embodiment is None:
-        embodiment = load_converter(request.source).embodiment(request.options, ref.variant)
+        converter = load_converter(request.source)
+        embodiment = converter.embodiment_of(request.raw, request.options, ref.variant)
     return EpisodeJob(
         request.source, ref, request.options, request.video, embodiment, _key(base, ref.source_id), spool
     )
@@ -398,14 +399,15 @@ def _run(
     journal: Path,
 ) -> None:
     """Encode what is missing; mux a part as soon as its last episode is in."""
-    base = episode_key_base(load_converter(request.source), request)
+    converter = load_converter(request.source)
+    base = episode_key_base(converter, request)
     part_of = {source_id: part for part, ids in work.parts.items() for source_id in ids}
     missing = {part: set(ids) for part, ids in work.parts.items()}
     todo = {ref.source_id for ref in work.todo}
     for part in missing:
         missing[part] &= todo
     numbers = _provisional_numbers(work.order, by_id, work.parts)
-    progress.begin(f"convert {request.source}", len(work.todo))
+    progress.begin(f"convert {converter.name}", len(work.todo))
     lost: dict[str, str] = {}
 
     def mux(part: int) -> None:
@@ -419,7 +421,7 @@ def _run(
             sidecar=embodiment.sidecar,
             cameras=_camera_keys(by_id, ids),
             fps=embodiment.fps,
-            codec=request.video.codec,
+            video=request.video,
             numbers=tuple(
                 numbers[source_id] for source_id, path in zip(ids, spools, strict=True) if path.is_file()
             ),
@@ -559,12 +561,15 @@ def _check_settings(request: ConvertRequest, converter: Converter, journal: Path
     settings = {
         "layout": LAYOUT,
         "name": request.name,
-        "source": request.source,
+        "source": converter.name,
         "converter_version": converter.version,
         "options": asdict(request.options),
         "video": request.video.to_json(),
         "part_frames": request.part_frames,
     }
+    if converter.describe is not None:
+        body = converter.describe(request.raw, request.options, request.variant)
+        settings |= {"features": {f.name: list(f.names) for f in body.features}, "fps": body.fps}
     settings = json.loads(json.dumps(settings))
     if not path.is_file():
         write_json(path, settings)
@@ -584,9 +589,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     for name in sorted(set(before) | set(now)):
         was, is_now = before.get(name), now.get(name)
         if isinstance(was, dict) and isinstance(is_now, dict):
-            result += _differences(was, is_now, "--")
+            result += _differences(was, is_now, "--" if name in ("options", "video") else f"{name} of ")
         elif was != is_now:
-            result.append((prefix + name.replace("_", "-") if prefix else name, was, is_now))
+            shown = name.replace("_", "-") if prefix == "--" else name
+            result.append((prefix + shown, was, is_now))
     return result
 
 

@@ -27,6 +27,8 @@ from .tables import STATISTICS, data_file, data_schema, episode_table, video_fil
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from ..video.mp4 import Run, SampleTable
+
 BLOCK_BYTES = 16 << 20  # pixels held at a time, whatever the resolution
 MOST_BLOCK = 64  # frames
 SPOOL_IN_MEMORY = 32 << 20
@@ -123,7 +125,7 @@ def digest_episode(job: EpisodeJob) -> str:
     for key, camera in episode.cameras.items():
         hasher = _new_hash()
         if isinstance(camera, VideoClip):
-            _hash_file(hasher, camera)
+            _hash_clip(hasher, camera)
         else:
             for start, stop in _blocks(camera):
                 hasher.update(np.ascontiguousarray(camera.read(start, stop)))
@@ -191,13 +193,13 @@ def _take_clip(
     from ..video.mp4 import common_entry, copy_problem, read_table
 
     hasher = _new_hash()
-    _hash_file(hasher, clip)
     table = read_table(clip.path, clip.offset, clip.size)
     if len(table.shown) < clip.first_frame + clip.frames:
         raise DataError(
             f"camera '{key}': {clip.path.name} holds {len(table.shown)} frames, the episode needs "
             f"{clip.first_frame + clip.frames}"
         )
+    _hash_clip(hasher, clip, table)
     problem = copy_problem(table, job.embodiment.fps, clip.first_frame, clip.frames)
     if (size.height, size.width) != (table.height, table.width):
         problem = problem or f"resize from {table.width}x{table.height} to {size.width}x{size.height}"
@@ -246,7 +248,7 @@ class PartJob:
     sidecar: tuple[Feature, ...]
     cameras: tuple[str, ...]
     fps: int
-    codec: str
+    video: VideoOptions
     numbers: tuple[tuple[int, int, int], ...]  # episode_index, index, task_index
 
 
@@ -283,33 +285,60 @@ def mux_part(job: PartJob) -> dict[str, Any]:
 
 
 def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> dict[str, Any]:
+    """One camera's packets of a part in one file; a copied clip that does not fit its neighbours is transcoded."""
     from ..video.mp4 import Run, copy_run, read_table, write_mp4
 
-    runs = []
-    entries = set()
-    for spool in spools:
-        camera = spool.receipt["cameras"][key]
-        entries.add((camera["sample_entry"], camera["height"], camera["width"], camera["kind"]))
-        if camera["kind"] == "copied":
-            table = read_table(Path(camera["path"]), camera["offset"], camera["size"])
-            runs.append(copy_run(table, camera["first_frame"], camera["frames"]))
-        else:
+    cameras = [spool.receipt["cameras"][key] for spool in spools]
+    settings = {(camera["sample_entry"], camera["height"], camera["width"]) for camera in cameras}
+    mixed = len(settings) > 1
+    if mixed and job.video.video != "auto":
+        raise DataError(
+            f"camera '{key}' changes codec settings or size within part {job.part}; convert with --video transcode"
+        )
+    runs: list[Run] = []
+    first = cameras[0]
+    made_here: list[Path] = []
+    for spool, camera in zip(spools, cameras, strict=True):
+        if camera["kind"] == "encoded":
             sizes = spool.array(f"sizes/{key}")
             start = spool.sections[key].offset
             offsets = start + np.concatenate([[0], np.cumsum(sizes)[:-1]])
             runs.append(Run(spool.path, offsets, sizes, spool.array(f"sync/{key}").astype(bool)))
-    first = spools[0].receipt["cameras"][key]
-    if len({entry[:3] for entry in entries}) > 1:
-        raise DataError(
-            f"camera '{key}' changes codec settings or size within part {job.part}; convert with --video transcode"
-        )
+            first = camera if mixed else first
+        elif mixed:
+            made_here.append(temporary_name(spool.path.with_name(f"{spool.path.name}.{key}")))
+            first, run = _transcode_to(made_here[-1], key, camera, job)
+            runs.append(run)
+        else:
+            table = read_table(Path(camera["path"]), camera["offset"], camera["size"])
+            runs.append(copy_run(table, camera["first_frame"], camera["frames"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     write_mp4(temporary, bytes.fromhex(first["sample_entry"]), first["width"], first["height"], job.fps, runs)
     commit(temporary, path)
+    for leftover in made_here:
+        leftover.unlink()
     return {
         name: first[name] for name in ("kind", "codec", "height", "width", "sample_entry") if name in first
     } | {"pix_fmt": first.get("pix_fmt", "yuv420p")}
+
+
+def _transcode_to(
+    path: Path, key: str, camera: Mapping[str, Any], job: PartJob
+) -> tuple[dict[str, Any], Run]:
+    """Encode a clip whose packets were to be copied, as the part's other clips are; its receipt and its run."""
+    from ..video.decode import transcode
+    from ..video.encode import PRESETS, Encoder
+
+    places = ("offset", "size", "first_frame", "frames", "height", "width")
+    clip = VideoClip(Path(camera["path"]), *(int(camera[name]) for name in places))
+    with open(path, "wb") as sink:
+        encoder = Encoder(PRESETS[job.video.codec], clip.height, clip.width, job.fps, sink)
+        for _ in transcode(clip, encoder):
+            pass
+        encoded = encoder.finish()
+    size = CameraFeature(key, clip.height, clip.width)
+    return _camera_receipt(size, encoded.sample_entry, "encoded"), encoded.run(path)
 
 
 def _sidecar(spools: Sequence[Spool], features: Sequence[Feature]) -> tuple[list[pa.Table], pa.Schema]:
@@ -455,13 +484,29 @@ def _new_hash() -> Any:
     return xxhash.xxh3_128()
 
 
-def _hash_file(hasher: Any, clip: VideoClip) -> None:
+def _hash_clip(hasher: Any, clip: VideoClip, table: SampleTable | None = None) -> None:
+    """The bytes a clip's pictures come from: its file, or of a file shared by episodes the packets of this one."""
+    from ..video.mp4 import read_table
+
+    table = table or read_table(clip.path, clip.offset, clip.size)
+    spans = [(clip.offset, clip.size)]
+    if 0 < clip.frames < len(table.shown):
+        wanted = table.shown[clip.first_frame : clip.first_frame + clip.frames]
+        if not len(wanted):
+            raise DataError(
+                f"{clip.path.name} holds {len(table.shown)} frames, {clip.first_frame} is the first needed"
+            )
+        first, last = int(wanted.min()), int(wanted.max())
+        start = int(np.flatnonzero(table.sync[: first + 1]).max(initial=0))  # where decoding begins
+        hasher.update((first - start).to_bytes(8))
+        packets = slice(start, last + 1)
+        spans = list(zip(table.offsets[packets].tolist(), table.sizes[packets].tolist(), strict=True))
     with open(clip.path, "rb") as file:
-        file.seek(clip.offset)
-        left = clip.size
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            hasher.update(block)
-            left -= len(block)
+        for offset, left in spans:
+            file.seek(offset)
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                hasher.update(block)
+                left -= len(block)
 
 
 def _raw_digest(episode: Episode, camera_hashes: Mapping[str, str]) -> str:
