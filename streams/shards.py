@@ -29,6 +29,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,14 +94,18 @@ class Column:
     dtype: str
     dim: int
 
-    @property
+    @cached_property
     def stored(self) -> np.dtype[Any]:
         """Parquet has no integers below 32 bits: smaller ones lie as int32."""
         dtype = np.dtype(self.dtype)
         small = dtype.kind in "iu" and dtype.itemsize < 4
         return np.dtype("<i4") if small else dtype.newbyteorder("<")
 
-    @property
+    @cached_property
+    def is_widened(self) -> bool:
+        return self.stored != np.dtype(self.dtype)
+
+    @cached_property
     def row_bytes(self) -> int:
         return self.stored.itemsize * max(1, self.dim)
 
@@ -378,7 +383,7 @@ def read_values(data: Any, base: int, column: Column, first: int, count: int) ->
         flat = np.unpackbits(packed, bitorder="little")[start % 8 :][: stop - start].astype(bool)
     else:
         flat = np.frombuffer(data, column.stored, count * width, base + first * column.row_bytes)
-        if column.stored != np.dtype(column.dtype):
+        if column.is_widened:
             flat = flat.astype(column.dtype)
     return flat.reshape(count, column.dim) if column.dim else flat
 
@@ -676,6 +681,16 @@ class ShardRows:
                 except ValueError as error:
                     raise self._damaged(part, int(rows[i]), camera, str(error)) from error
         health.count(frames_decoded=len(parts), bytes_read=sum(lengths))
+
+    def encoded(self, camera: str, row: int) -> bytes:
+        """One frame's JPEG as it lies in its shard."""
+        c, arrays = self._cameras[camera], self._arrays
+        part = int(np.searchsorted(arrays["part_first"], row, side="right")) - 1
+        length, offset = int(arrays["frame_length"][row, c]), int(arrays["frame_offset"][row, c])
+        data = os.pread(self._part(part).file, length, offset)
+        if len(data) != length or checksum(data) != arrays["frame_check"][row, c]:
+            raise self._damaged(part, row, camera, "its bytes are not those written")
+        return data
 
     def _smallest(self, camera: str) -> dict[str, Any]:
         """Let the decoder itself shrink by a half or a quarter where what is wanted is still smaller."""

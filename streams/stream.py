@@ -39,13 +39,14 @@ from numpy.typing import NDArray
 from ..schemas.chunks import dimension_kinds, pad_actions, relative_to_start
 from ..schemas.errors import DataError, UsageError, unknown_name
 from ..schemas.normalisers import Normaliser
+from .buffers import Buffers
 from .dataset import Dataset, open_dataset
 from .health import Health
 from .order import Order, Shuffle
 from .rows import DatasetRows, Fit, RowReader, SplitRows
 from .shards import FOLDER, ShardRows, check_source, find_shards
 from .targets import Targets, open_targets
-from .windows import Places, Samples
+from .windows import Samples
 
 Batch = dict[str, Any]
 
@@ -426,7 +427,10 @@ class Source:
     ):
         self.dataset, self.rows, self.samples, self.targets = dataset, rows, samples, targets
         self.cameras = rows.cameras() if spec.cameras is None else spec.cameras
+        self.buffers = Buffers()
         self._check(spec)
+        self._observed, self._chunks = self._plan(spec)
+        self._kinds = {name: self._action_kinds(name) for name in spec.action_columns if name in spec.chunks}
 
     def _check(self, spec: StreamSpec) -> None:
         columns = self.rows.columns()
@@ -455,59 +459,88 @@ class Source:
         told = str(conventions.get(column, "")) + " ".join(self.dataset.names(column))
         return "delta" in told or "relative" in told
 
-    def _kinds(self, column: str) -> tuple[str, ...]:
+    def _action_kinds(self, column: str) -> tuple[str, ...]:
         names = self.dataset.names(column)
         dim = int(np.prod(self.dataset.features[column]["shape"]))
         return dimension_kinds(names if len(names) == dim else [""] * dim, delta=self._moves(column))
+
+    def _plan(self, spec: StreamSpec) -> tuple[dict[Any, list[str]], dict[int, list[str]]]:
+        """Names that are read at the same rows, by offsets and by horizon: one reading serves them all."""
+        observed: dict[Any, list[str]] = {}
+        for name in spec.columns:
+            observed.setdefault(spec.offsets_of(name), []).append(name)
+        if "task_index" in self.rows.columns():
+            observed.setdefault((0,), []).append("task_index")
+        if spec.actions != "stored" and spec.reference not in observed.get((0,), []):
+            observed.setdefault((0,), []).append(spec.reference)
+        chunks: dict[int, list[str]] = {}
+        for name, horizon in spec.chunks.items():
+            chunks.setdefault(horizon, []).append(name)
+        return observed, chunks
 
     def read(self, samples: NDArray[np.int64], spec: StreamSpec, health: Health) -> Batch:
         """The samples asked for, as a batch."""
         places = self.samples.locate(samples)
         batch: Batch = {}
-        for name in spec.columns:
-            offsets = spec.offsets_of(name)
-            rows, is_pad = places.rows_at(offsets)
-            values = self.rows.values([name], rows)[name]
-            self._observed(batch, name, offsets, values, is_pad)
-        for name, horizon in spec.chunks.items():
+        rows_at: dict[Any, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
+        now: dict[str, NDArray[Any]] = {}
+        for offsets, names in self._observed.items():
+            rows_at[offsets] = rows, is_pad = places.rows_at(offsets)
+            found = self.rows.values(names, rows)
+            if offsets == (0,):
+                now = {name: values[:, 0] for name, values in found.items()}
+                found = now
+            for name in names:
+                if name in spec.columns:
+                    batch[name] = found[name]
+                    if offsets != (0,):
+                        batch[f"{name}_is_pad"] = is_pad
+        for horizon, names in self._chunks.items():
             rows, is_pad = places.rows_at(np.arange(horizon) + spec.chunk_start)
-            values = self.rows.values([name], rows)[name]
-            if name in spec.action_columns:
-                values = self._actions(name, values, is_pad, places, spec)
-            batch[name], batch[f"{name}_is_pad"] = values, is_pad
+            for name, values in self.rows.values(names, rows).items():
+                is_action = name in spec.action_columns
+                batch[name] = self._actions(name, values, is_pad, now, spec) if is_action else values
+                batch[f"{name}_is_pad"] = is_pad
         for camera in self.cameras:
             offsets = spec.offsets_of(camera)
-            rows, is_pad = places.rows_at(offsets)
-            frames = self._frames(camera, rows, spec, health)
-            self._observed(batch, camera, offsets, frames, is_pad)
+            if offsets not in rows_at:
+                rows_at[offsets] = places.rows_at(offsets)
+            rows, is_pad = rows_at[offsets]
+            frames = self._frames(camera, rows, is_pad, spec, health)
+            if offsets == (0,):
+                batch[camera] = frames[:, 0]
+            else:
+                batch[camera], batch[f"{camera}_is_pad"] = frames, is_pad
         if self.targets is not None:
             batch |= self.targets.take(episode=places.episode, frame=places.frame)
         for name, normaliser in spec.normalise.items():
             if name in batch:
                 batch[name] = normaliser.normalise(batch[name]).astype(np.float32)
-        self._identify(batch, places)
+        batch["index"], batch["episode_index"], batch["frame_index"] = (
+            places.row,
+            places.episode,
+            places.frame,
+        )
+        if "task_index" in now:
+            batch["task"] = [self.dataset.tasks[number] for number in now["task_index"].tolist()]
         return batch
 
-    @staticmethod
-    def _observed(
-        batch: Batch, name: str, offsets: tuple[int, ...], values: NDArray[Any], is_pad: NDArray[np.bool_]
-    ) -> None:
-        if offsets == (0,):
-            batch[name] = values[:, 0]
-        else:
-            batch[name], batch[f"{name}_is_pad"] = values, is_pad
-
     def _actions(
-        self, name: str, chunks: NDArray[Any], is_pad: NDArray[np.bool_], places: Places, spec: StreamSpec
+        self,
+        name: str,
+        chunks: NDArray[Any],
+        is_pad: NDArray[np.bool_],
+        now: Mapping[str, NDArray[Any]],
+        spec: StreamSpec,
     ) -> NDArray[Any]:
-        """Chunks [B, H, A] in the expression the spec asks for."""
-        kinds = self._kinds(name)
-        if spec.padding == "still":
+        """Chunks [B, H, A] in the expression the spec asks for; `now` holds the columns at t."""
+        kinds = self._kinds[name]
+        if spec.padding == "still" and "delta" in kinds and is_pad.any():
             chunks = pad_actions(chunks, is_pad, kinds)
         if spec.actions == "stored":
             return chunks
-        states = self.rows.values([spec.reference], places.row)[spec.reference]
-        state = states[:, paired_dims(self.dataset.names(name), self.dataset.names(spec.reference), kinds)]
+        names = self.dataset.names(name), self.dataset.names(spec.reference)
+        state = now[spec.reference][:, paired_dims(*names, kinds)]
         if spec.actions == "relative":
             return relative_to_start(chunks, state, kinds).astype(chunks.dtype)
         before = np.concatenate([state[:, None], chunks[:, :-1]], axis=1)
@@ -515,28 +548,25 @@ class Source:
         return np.where(moved, chunks - before, chunks).astype(chunks.dtype)
 
     def _frames(
-        self, camera: str, rows: NDArray[np.int64], spec: StreamSpec, health: Health
+        self,
+        camera: str,
+        rows: NDArray[np.int64],
+        is_pad: NDArray[np.bool_],
+        spec: StreamSpec,
+        health: Health,
     ) -> NDArray[np.uint8]:
         """[B, F] rows -> [B, F, H, W, 3]; a row that padding repeats is decoded once."""
         height, width = spec.size or self.rows.size(camera)
         flat = rows.reshape(-1)
-        wanted, where = np.unique(flat, return_inverse=True)
-        if len(wanted) == len(flat):
-            out = np.empty((len(flat), height, width, 3), np.uint8)
-            self.rows.frames(camera, flat, out, health)
-        else:
-            once = np.empty((len(wanted), height, width, 3), np.uint8)
+        out = self.buffers.take((len(flat), height, width, 3))
+        if is_pad.any():
+            wanted, where = np.unique(flat, return_inverse=True)
+            once = self.buffers.take((len(wanted), height, width, 3))
             self.rows.frames(camera, wanted, once, health)
-            out = once[where]
+            np.take(once, where, axis=0, out=out)
+        else:
+            self.rows.frames(camera, flat, out, health)
         return out.reshape(*rows.shape, height, width, 3)
-
-    def _identify(self, batch: Batch, places: Places) -> None:
-        batch["index"] = places.row
-        batch["episode_index"] = places.episode
-        batch["frame_index"] = places.frame
-        if "task_index" in self.rows.columns():
-            numbers = self.rows.values(["task_index"], places.row)["task_index"]
-            batch["task"] = [self.dataset.tasks[number] for number in numbers.tolist()]
 
 
 def paired_dims(action_names: Sequence[str], state_names: Sequence[str], kinds: Sequence[str]) -> list[int]:
