@@ -7,6 +7,7 @@ depend on it.
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 import time
@@ -124,6 +125,7 @@ class DaskExecutor(Executor):
             {
                 "distributed.scheduler.allowed-failures": FAILURES_ALLOWED,
                 "distributed.worker.daemon": True,
+                "distributed.worker.profile.enabled": False,  # samples every thread every 10 ms
                 "distributed.comm.retry.count": 3,
             }
         )
@@ -158,11 +160,10 @@ class DaskExecutor(Executor):
         return f"{self.workers} workers ({where}), dashboard {self.client.dashboard_link}"
 
     def results(self) -> Iterator[tuple[Any, Any]]:
-        from distributed import as_completed
         from distributed.scheduler import KilledWorker
 
         running: dict[Any, Any] = {}
-        completed = as_completed(loop=self.client.loop)
+        completed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stopped_at: float | None = None
         while self.waiting or running:
             if self.stop.event.is_set():
@@ -175,9 +176,10 @@ class DaskExecutor(Executor):
                 key, function, args = self.waiting.popleft()
                 future = self.client.submit(_attempt, function, args, pure=False)
                 running[future] = key
-                completed.add(future)
-            future = _next_or_none(completed, 0.2)
-            if future is None:
+                future.add_done_callback(completed.put)
+            try:
+                future = completed.get(timeout=0.2)  # a stop request must be seen while tasks run
+            except queue.Empty:
                 continue
             key = running.pop(future)
             try:
@@ -188,16 +190,6 @@ class DaskExecutor(Executor):
                 result = Failure(f"{type(error).__name__}: {error}", error=error)
             yield key, result
         self._check_stop()
-
-
-def _next_or_none(completed: Any, timeout_s: float) -> Any:
-    """The next finished future within the timeout: a stop request must be seen while tasks run."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if not completed.queue.empty():
-            return next(completed)
-        time.sleep(0.002)
-    return None
 
 
 def _attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
