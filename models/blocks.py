@@ -127,31 +127,42 @@ class ViTEncoder(nn.Module):
         return tokens
 
 
-class ObservationEncoder(nn.Module):
-    """One moment -> tokens [B, N, d]: each camera's, one of the state, one of the instruction.
-
-    `mean` and `std` [D] standardise the state; a dimension that never changes is left at 0.
-    """
+class StateScale(nn.Module):
+    """[B, D] native state -> standardised; a dimension that never changes is left at 0."""
 
     mean: Tensor
     inverse_std: Tensor
 
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        spread = torch.tensor(std, dtype=torch.float32)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("inverse_std", torch.where(spread > 1e-6, 1 / spread.clamp(min=1e-6), 0.0))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return (state - self.mean) * self.inverse_std
+
+
+class ObservationEncoder(nn.Module):
+    """One moment -> tokens [B, N, d]: each camera's, one of the state (`with_state`), one of the instruction."""
+
     def __init__(
         self,
         cameras: Sequence[str],
-        mean: Tensor,
-        std: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
         width: int,
         vision: str = "conv",
         size: int = 64,
         points: int = 8,
+        with_state: bool = True,
     ) -> None:
         super().__init__()
         self.cameras, self.size = tuple(cameras), size
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("inverse_std", torch.where(std > 1e-6, 1 / std.clamp(min=1e-6), 0.0).float())
         self.text = TextEncoder(width)
-        self.state = nn.Sequential(nn.Linear(len(mean), width), nn.GELU(), nn.Linear(width, width))
+        self.state = (
+            nn.Sequential(StateScale(mean, std), mlp(len(mean), width, width)) if with_state else None
+        )
         make = {"conv": lambda: ConvEncoder(width, size, points), "vit": lambda: ViTEncoder(width, size)}[
             vision
         ]
@@ -163,8 +174,9 @@ class ObservationEncoder(nn.Module):
         tokens = [
             eye(to_pixels(image, self.size), words) for eye, image in zip(self.eyes, images, strict=True)
         ]
-        robot = self.state((state - self.mean) * self.inverse_std)
-        return torch.cat([*tokens, robot[:, None], words[:, None]], dim=1)
+        if self.state is not None:
+            tokens.append(self.state(state)[:, None])
+        return torch.cat([*tokens, words[:, None]], dim=1)
 
 
 # -- transformers -----------------------------------------------------------------------------------------

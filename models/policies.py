@@ -202,8 +202,9 @@ class EmbeddedPolicy(nn.Module):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = c = config
-        mean, std = torch.tensor(c.state_mean), torch.tensor(c.state_std)
-        self.encoder = ObservationEncoder(c.cameras, mean, std, c.width, c.vision, c.image_size, c.points)
+        self.encoder = ObservationEncoder(
+            c.cameras, c.state_mean, c.state_std, c.width, c.vision, c.image_size, c.points
+        )
         self.action_queries = nn.Parameter(torch.randn(c.queries, c.width) * 0.02)
         self.steps = nn.Parameter(torch.randn(c.window, c.width) * 0.02)
         self.blocks = nn.ModuleList(Block(c.width, c.heads) for _ in range(c.layers))

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from dpipe.schemas import bins
-from dpipe.schemas.normalisers import Normaliser
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,27 +22,18 @@ from dpipe.trainer.libra import (
     latency_per_refinement,
     sample_bins,
 )
-from dpipe.trainer.loop import Phase, learning_rate
+from dpipe.trainer.loop import Phase
 from dpipe.trainer.losses import valid_steps
-from dpipe.trainer.memory import MemoryBatches
-from dpipe.trainer.space import Space, to_tensors
+from dpipe.trainer.space import to_tensors
+from toys import smooth_actions, toy_space, train_phase
 
 STEPS, SAMPLES = 500, 8000
 
 
-def toy_space(state_dim: int = 3, action_dim: int = 2) -> Space:
-    zeros = (0.0,) * action_dim
-    native = Normaliser("identity", zeros, zeros, ("scaled",) * action_dim, (False,) * action_dim, 0.0, None)
-    return Space((), (0.0,) * state_dim, (1.0,) * state_dim, native, fps=20)
-
-
 def toy_columns(samples: int, steps: int, observed: int, seed: int) -> dict[str, np.ndarray]:
     """A smooth function of the state with noise of half a bin: what the bins say, the state alone does not."""
-    rng = np.random.default_rng(seed)
-    state = rng.uniform(-1, 1, (samples, 3)).astype(np.float32)
-    phase = np.arange(steps) * 0.3
-    clean = [0.2 + 0.5 * np.sin(2 * state[:, :1] + phase) ** 2, 0.7 * np.cos(2 * state[:, 1:2] + phase)]
-    action = np.clip(np.stack(clean, -1) + rng.normal(0, 0.1, (samples, steps, 2)), -1, 1).astype(np.float32)
+    state = np.random.default_rng(seed).uniform(-1, 1, (samples, 3)).astype(np.float32)
+    action = smooth_actions(state, steps, noise=0.1, seed=seed)
     return {
         "observation.state": np.repeat(state[:, None], observed, 1),
         "action": action,
@@ -53,23 +43,13 @@ def toy_columns(samples: int, steps: int, observed: int, seed: int) -> dict[str,
 
 
 def train_toy(steps: int = STEPS, seed: int = 0, **options) -> Libra:
-    torch.set_num_threads(1)
     torch.manual_seed(seed)
     tiny = {"width": 32, "heads": 2, "chunk": 2, "slices": 1, "planner_layers": 1, "refiner_layers": 1}
     config = Config(**tiny | options)
     model = Libra(config, toy_space())
-    model.begin(Phase("train", steps))
-    batches = MemoryBatches(toy_columns(SAMPLES, config.plan_steps, config.slices, 1), 64, seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), fused=True)
-    model.news = []
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 2e-3 * learning_rate(step, steps, 0.05, "cosine")
-        loss, metrics = model(to_tensors(next(batches), model.space, "cpu"), Draws.of_step(seed, 0, step, 64))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        model.news += model.advance(step + 1, metrics)
-    return model.eval()
+    columns = toy_columns(SAMPLES, config.plan_steps, config.slices, 1)
+    model.news = train_phase(model, Phase("train", steps), columns, seed)
+    return model
 
 
 def judge(model: Libra, intent: str) -> SimpleNamespace:

@@ -175,7 +175,7 @@ def test_each_process_draws_its_rows_of_the_global_batch():
     parts = [Draws.of_step(1, 0, 7, 3, rank=rank, world=2) for rank in (0, 1)]
     for draw in ("normal", "uniform"):
         together = getattr(whole, draw)(2)
-        assert torch.equal(torch.cat([getattr(part, draw)(2) for part in parts]), together)
+        assert torch.equal(torch.stack([getattr(part, draw)(2) for part in parts], 1).flatten(0, 1), together)
     assert not torch.equal(Draws.of_step(1, 0, 8, 6).normal(2), Draws.of_step(1, 0, 7, 6).normal(2))
 
 
@@ -190,7 +190,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_along_a_cosine():
 def test_vectors_are_not_decayed_and_modules_may_have_rates_of_their_own():
     model = Line()
     model.rates = {"map.weight": 0.1}
-    groups = parameter_groups(model, OPTIONS)
+    groups = parameter_groups(model, 1e-2, 0.01)
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
         (pytest.approx(1e-3), 0.01, 1),
         (pytest.approx(1e-2), 0.0, 1),
@@ -218,7 +218,7 @@ def test_memory_batches_show_every_row_once_per_epoch_and_share_rows_among_proce
     epoch = np.concatenate([next(alone)["x"] for _ in range(3)])
     assert sorted(epoch) == list(range(12))
     pair = [MemoryBatches(columns, 2, seed=1, rank=rank, world=2) for rank in (0, 1)]
-    shared = np.concatenate([np.concatenate([next(part)["x"] for part in pair]) for _ in range(3)])
+    shared = np.concatenate([np.stack([next(part)["x"] for part in pair], 1).ravel() for _ in range(3)])
     np.testing.assert_array_equal(shared, epoch)
 
 

@@ -135,12 +135,12 @@ def _policy_config(kind: str, config: Any, space: Space, window: int, queries: i
     )
 
 
-def _build_teacher(config: TeacherConfig, space: Space) -> Imitation:
+def _build_teacher(config: TeacherConfig, space: Space, facts: Mapping[str, Any]) -> Imitation:
     made = _policy_config("teacher", config, space, config.window, config.queries)
     return Imitation(made, space, config.gripper_weight)
 
 
-def _build_anchor(config: AnchorConfig, space: Space) -> Imitation:
+def _build_anchor(config: AnchorConfig, space: Space, facts: Mapping[str, Any]) -> Imitation:
     return Imitation(_policy_config("anchor", config, space, 1, config.chunk), space, config.gripper_weight)
 
 

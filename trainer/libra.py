@@ -125,9 +125,14 @@ class Curriculum:
 
 
 def make_encoder(config: Config, space: Space) -> ObservationEncoder:
-    mean, std = torch.tensor(space.state_mean), torch.tensor(space.state_std)
     return ObservationEncoder(
-        space.cameras, mean, std, config.width, config.vision, config.image_size, config.points
+        space.cameras,
+        space.state_mean,
+        space.state_std,
+        config.width,
+        config.vision,
+        config.image_size,
+        config.points,
     )
 
 
@@ -443,7 +448,7 @@ RECIPE = Recipe(
     config=Config,
     targets=lambda config: ([f"tokens:N={config.bins}"], config.plan_steps),
     spec=_spec,
-    build=Libra,
+    build=lambda config, space, facts: Libra(config, space),
     phases=lambda config, steps: [Phase("train", steps)],
     policy=LibraPolicy,
 )

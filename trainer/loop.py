@@ -58,10 +58,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps with an optimiser and a schedule of its own."""
+    """A stretch of steps with an optimiser and a schedule of its own, and a learning rate where it differs."""
 
     name: str
     steps: int
+    lr: float | None = None
 
 
 class Objective(Protocol):
@@ -103,7 +104,7 @@ def learning_rate(step: int, steps: int, warmup: float, schedule: str) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def parameter_groups(model: nn.Module, options: Options) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay: none on vectors (norms, biases, single queries).
 
     A model may scale the rate of whole modules: `rates = {"backbone": 0.1}` by the prefix of their names.
@@ -113,10 +114,10 @@ def parameter_groups(model: nn.Module, options: Options) -> list[dict[str, Any]]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = next((value for prefix, value in rates.items() if name.startswith(prefix)), 1.0)
-            decay = options.weight_decay if parameter.ndim >= 2 else 0.0
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [
-        {"params": members, "lr": options.lr * rate, "rate": rate, "weight_decay": decay}
+        {"params": members, "lr": lr * rate, "rate": rate, "weight_decay": decay}
         for (rate, decay), members in sorted(groups.items(), key=lambda item: item[0])
     ]
 
@@ -166,7 +167,10 @@ def fit(
             if saved and first == start:  # between two phases
                 model.restore(saved.state["progress"])
             model.begin(phase)
-            optimiser = torch.optim.AdamW(parameter_groups(model, options), betas=options.betas, fused=True)
+            lr = options.lr if phase.lr is None else phase.lr
+            optimiser = torch.optim.AdamW(
+                parameter_groups(model, lr, options.weight_decay), betas=options.betas, fused=True
+            )
             batches = open_batches(phase, rank, world)
             if saved and first > start:
                 model.restore(saved.state["progress"])
@@ -177,7 +181,7 @@ def fit(
             for index in range(max(0, first - start), phase.steps):
                 factor = learning_rate(index, phase.steps, options.warmup, options.schedule)
                 for group in optimiser.param_groups:
-                    group["lr"] = options.lr * group["rate"] * factor
+                    group["lr"] = lr * group["rate"] * factor
                 module.train()
                 metrics: dict[str, Tensor] = {}
                 for part in range(options.accumulate):
@@ -216,7 +220,7 @@ def fit(
                         f"{timing['samples_per_second']:.0f} samples/s  data wait {timing['data_wait']:.1%}"
                     )
                     if log is not None:
-                        rates = {"lr": options.lr * factor, "gradient_norm": float(norm or 0.0)}
+                        rates = {"lr": lr * factor, "gradient_norm": float(norm or 0.0)}
                         log.write({"step": step, "phase": phase.name, **last, **rates, **timing})
                 if step % options.checkpoint_every == 0 or ending or leaving:
                     places = _gather(batches.state_dict(), world)

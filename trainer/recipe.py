@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ..schemas.contract import Contract
 from ..schemas.errors import UsageError, unknown_name
 from ..streams.stream import StreamSpec
 from .loop import Options, Phase
@@ -14,12 +15,23 @@ from .space import Space
 
 
 @dataclass(frozen=True)
+class TargetFolder:
+    """One finished target, as a recipe may look into it: its files, its contract, and what was settled first."""
+
+    path: Path
+    contract: Contract
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Functions of a recipe's own `config` (a frozen dataclass whose every field has a default).
 
     targets    requests for `open_targets`, and the horizon they are chunked to
     spec       what the stream shows
-    build      config and space -> an Objective (see `loop.py`); no weight is read from elsewhere
+    facts      what must be known of the targets to build the model (widths, scales): JSON, kept with the run
+    build      config, space and facts -> an Objective (see `loop.py`), from nothing but these
+    start      weights taken over from beside the targets, once, before the first step
     phases     the stretches `steps` are divided into
     policy     a trained model -> a Policy
     finish     what a complete run leaves beside its checkpoints, from (model, run folder, the run's terms)
@@ -29,12 +41,14 @@ class Recipe:
     config: type
     targets: Callable[[Any], tuple[list[str], int]]
     spec: Callable[[Any, Space], StreamSpec]
-    build: Callable[[Any, Space], Any]
+    build: Callable[[Any, Space, Mapping[str, Any]], Any]
     phases: Callable[[Any, int], list[Phase]]
     policy: Callable[[Any, int], Policy]
     steps: int = 2000
     options: Options = field(default_factory=Options)
-    finish: Callable[[Any, Path, Mapping[str, Any]], None] | None = None
+    facts: Callable[[Any, Mapping[str, TargetFolder]], dict[str, Any]] = lambda config, targets: {}
+    start: Callable[[Any, Mapping[str, TargetFolder]], None] = lambda model, targets: None
+    finish: Callable[[Any, Path, Mapping[str, Any]], None] = lambda model, run_dir, terms: None
 
 
 def resolve(kind: str, cls: type, overrides: Mapping[str, Any]) -> Any:

@@ -30,7 +30,7 @@ from ..streams.stream import open_stream
 from ..streams.targets import Targets, open_targets
 from . import open_recipe
 from .loop import Options, Phase, Say, fit, load_checkpoint, make_accelerator, write_atomically
-from .recipe import Recipe, resolve
+from .recipe import Recipe, TargetFolder, resolve
 from .space import IMAGE, STATE, Space, to_tensors
 
 RESULT_VERSION = 1
@@ -79,7 +79,9 @@ def train(
     steps = steps or made.steps
     dataset = open_dataset(dataset_root)
     supervision = _targets(made, resolved, dataset, targets)
-    space = space_of(dataset, supervision)
+    folders = target_folders(supervision)
+    space = space_of(dataset, folders)
+    facts = made.facts(resolved, folders)
     terms = {
         "recipe": recipe,
         "steps": steps,
@@ -89,6 +91,7 @@ def train(
         "dataset": dataset_digest(dataset),
         "targets": {name: contract.digest for name, contract in supervision.contracts.items()},
         "space": space.to_json(),
+        "facts": facts,
     }
     accelerator = make_accelerator(chosen)
     _settle_terms(run_dir, terms, dataset, supervision, accelerator.is_main_process)
@@ -97,7 +100,8 @@ def train(
         return done
 
     torch.manual_seed(chosen.seed)
-    model = made.build(resolved, space)
+    model = made.build(resolved, space, facts)
+    made.start(model, folders)
     spec = made.spec(resolved, space)
     resumed = load_checkpoint(run_dir / "checkpoints") is not None
     begin = time.monotonic()
@@ -123,8 +127,7 @@ def train(
     saved = load_checkpoint(run_dir / "checkpoints")
     assert saved is not None
     if accelerator.is_main_process:
-        if made.finish is not None:
-            made.finish(open_run(run_dir).model, run_dir, plain(terms))
+        made.finish(open_run(run_dir).model, run_dir, plain(terms))
         result = {
             "dpipe": RESULT_VERSION,
             "recipe": recipe,
@@ -160,7 +163,18 @@ class SupervisedBatches:
 # -- what a run is made of --------------------------------------------------------------------------------
 
 
-def space_of(dataset: Dataset, targets: Targets | None = None) -> Space:
+def target_folders(targets: Targets) -> dict[str, TargetFolder]:
+    """By stage: the folder of each target opened (the first, where a merged dataset has several)."""
+    found: dict[str, TargetFolder] = {}
+    for column in targets.columns:
+        folder = column.folders[0]
+        path = folder.path / "prepared.json"
+        facts = json.loads(path.read_text()).get("facts", {}) if path.is_file() else {}
+        found[column.request.stage] = TargetFolder(folder.path, folder.contract, facts)
+    return found
+
+
+def space_of(dataset: Dataset, targets: Mapping[str, TargetFolder] | None = None) -> Space:
     """What a policy of this dataset sees and does; actions are scaled as its targets were, if it has any."""
     for column in (STATE, "action"):
         if column not in dataset.vectors:
@@ -191,16 +205,13 @@ def space_of(dataset: Dataset, targets: Targets | None = None) -> Space:
     )
 
 
-def _action_normaliser(targets: Targets | None) -> Normaliser | None:
-    """The normaliser the targets were made under, read beside them and held to their contract."""
-    for column in targets.columns if targets else ():
-        for folder in column.folders:
-            path = folder.path / "prepared.json"
-            facts = json.loads(path.read_text()).get("facts", {}) if path.is_file() else {}
-            if folder.contract.normaliser and "normaliser" in facts:
-                normaliser = Normaliser.from_json(facts["normaliser"])
-                folder.contract.check(str(folder.path), normaliser=normaliser.digest)
-                return normaliser
+def _action_normaliser(targets: Mapping[str, TargetFolder] | None) -> Normaliser | None:
+    """The normaliser the targets were made under, held to their contract."""
+    for folder in (targets or {}).values():
+        if folder.contract.normaliser and "normaliser" in folder.facts:
+            normaliser = Normaliser.from_json(folder.facts["normaliser"])
+            folder.contract.check(str(folder.path), normaliser=normaliser.digest)
+            return normaliser
     return None
 
 
@@ -325,7 +336,7 @@ def open_run(run_dir: Path, device: str = "cpu", averaged: bool = True) -> Train
     recipe = open_recipe(terms["recipe"])
     config = resolve(terms["recipe"], recipe.config, terms["config"])
     space = Space.from_json(terms["space"])
-    model = recipe.build(config, space)
+    model = recipe.build(config, space, terms["facts"])
     average = saved.folder / "ema.safetensors"
     weights = average if averaged and average.is_file() else saved.folder / "model.safetensors"
     model.load_state_dict(load_file(weights))
