@@ -15,6 +15,8 @@ Shapes: E episodes, T frames of one episode, D dimensions, H x W pixels.
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
 
 CONTENT_COLUMNS = ("action", "observation.state")
 FOREIGN_PART_FRAMES = 16_384
+MOST_PIXELS = 1 << 26  # of one picture: 8192 x 8192
 OPEN_FILES = 16  # Parquet footers and video decoders kept open by one dataset, each
 OWN_FOLDER = "dpipe"
+_TEMPLATE = re.compile(r"(?:[^{}\\\0]|\{(?:chunk_index|file_index|video_key)(?::0?\d{0,2}d)?\})*")
 # What may lie in dpipe/ of a dataset that is not ours: results bound to it, each complete or absent.
 GUESTS = {"targets", "shards"}
 
@@ -318,7 +322,7 @@ class Dataset:
         frames = []
         for t, image in enumerate(table.column(camera).to_pylist(), start):
             where = f"{self.data_path(episode)}: episode {episode}, frame {t}, {camera}"
-            frames.append(decode_image(_encoded(image, self.root, where), where))
+            frames.append(decode_image(encoded_image(image, self.root, where), where))
         return np.stack(frames)
 
     # --- content ---------------------------------------------------------------------------------------
@@ -398,7 +402,7 @@ def contents_digest(contents: Iterable[str]) -> str:
     return xxhash.xxh3_128(b"".join(bytes.fromhex(content) for content in contents)).hexdigest()
 
 
-def _encoded(image: Any, root: Path, where: str) -> bytes:
+def encoded_image(image: Any, root: Path, where: str) -> bytes:
     """The bytes of an image cell: plain, or {"bytes", "path"} with either of the two."""
     if isinstance(image, bytes):
         return image
@@ -406,6 +410,8 @@ def _encoded(image: Any, root: Path, where: str) -> bytes:
     if given.get("bytes"):
         return given["bytes"]
     path = root / (given.get("path") or "")
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{where}: its picture is the file {given['path']!r}, outside the dataset; refused")
     if not path.is_file():
         raise DataError(f"{where}: no image\n  expected: bytes, or the file {path}")
     return path.read_bytes()
@@ -419,14 +425,26 @@ def decode_image(encoded: bytes, where: str) -> NDArray[np.uint8]:
         if encoded[:2] == b"\xff\xd8":
             import simplejpeg
 
+            height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
+            _check_pixels(height, width, where)
             return simplejpeg.decode_jpeg(encoded, "RGB")
         from PIL import Image
 
-        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the stricter limit
+            picture = Image.open(io.BytesIO(encoded))
+        _check_pixels(picture.height, picture.width, where)
+        return np.array(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's PNG reader raises the last
         raise DataError(
             f"{where} cannot be decoded\n  found: {len(encoded)} bytes, {_one_line(error)}"
         ) from error
+
+
+def _check_pixels(height: int, width: int, where: str) -> None:
+    """Before anything is allocated: a header of a few bytes may claim any size."""
+    if height * width > MOST_PIXELS:
+        raise DataError(f"{where}: a picture of {width} x {height} pixels; refused, {MOST_PIXELS:,} is the limit")
 
 
 # --- opening ------------------------------------------------------------------------------------------------
@@ -490,7 +508,21 @@ def _read_info(root: Path) -> dict[str, Any]:
     for key in ("fps", "features"):
         if key not in info:
             raise DataError(f"{path}: no entry '{key}'\n  found: {', '.join(info)}")
+    for key in ("data_path", "video_path"):
+        _check_template(info.get(key), f"{path}: {key}")
     return info
+
+
+def _check_template(template: Any, where: str) -> None:
+    """A path template may name chunk, file and camera, and lead nowhere but into the dataset."""
+    if template is None:
+        return
+    sound = isinstance(template, str) and _TEMPLATE.fullmatch(template) is not None
+    if not sound or template.startswith("/") or ".." in template.split("/"):
+        raise DataError(
+            f"{where} is {template!r:.120}; refused\n"
+            "  expected: a path below the dataset with {video_key}, {chunk_index:03d} and {file_index:03d}"
+        )
 
 
 def _own_leavings(root: Path) -> bool:
@@ -641,7 +673,7 @@ def _read_splits(root: Path, info: Mapping[str, Any], count: int) -> dict[str, t
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON\n  found: {error}\n  Restore the file.") from error
 
 

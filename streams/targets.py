@@ -278,9 +278,10 @@ class Targets:
         values = self._gather(column, spec, owner, local)
         is_pad = beyond
         if column.valid is not None:
-            valid = self._gather(column, column.valid, owner, local)
-            extra = valid.ndim - beyond.ndim
-            is_pad = beyond.reshape(beyond.shape + (1,) * extra) | ~valid
+            own = self._gather(column, column.valid, owner, local)
+            own = own if spec.attributes.get("mask_is_pad") else ~own
+            extra = own.ndim - beyond.ndim
+            is_pad = beyond.reshape(beyond.shape + (1,) * extra) | own
         result[column.name] = _squeeze(values, request.several, column.horizon)
         mask = _squeeze(is_pad, request.several, column.horizon)
         # Arrays of one request share a mask: padded is what any of them cannot vouch for.
@@ -579,16 +580,18 @@ def _target_folders(targets: Any, root: Path | None) -> list[Path]:
     return [Path(folder) for folder in targets]
 
 
-def pixel_identity(dataset: Dataset, camera: str) -> str:
-    """What a dataset says of a camera's pixels beyond its name: size, and how pictures were turned or cut.
+def pixel_identity(dataset: Dataset, cameras: str) -> str:
+    """What a dataset says of some cameras' pixels: sizes, and how pictures were turned or cut.
 
     Contents are action and state alone, so that this is what tells two conversions of one recording apart.
+    `cameras` are names joined by commas; "" where there are none, or one is not in this dataset.
     """
-    if camera not in dataset.cameras:
+    names = [name for name in cameras.split(",") if name]
+    if not names or not set(names) <= set(dataset.cameras):
         return ""
     conventions = (dataset.manifest or {}).get("conventions") or {}
     turned = {name: value for name, value in conventions.items() if "image" in name}
-    return digest_of([list(dataset.camera_size(camera)), turned])
+    return digest_of([[list(dataset.camera_size(name)) for name in names], turned])
 
 
 def _episode_table(

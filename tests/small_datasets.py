@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -98,8 +99,8 @@ def write_dataset(
     (root / "meta/info.json").write_text(json.dumps(info))
     if stats:
         (root / "meta/stats.json").write_text(json.dumps({"action": {"mean": [0, 0, 0]}}))
-    tasks_table = pa.table({"task_index": list(range(len(tasks))), "task": list(tasks)})
-    pq.write_table(tasks_table, root / "meta/tasks.parquet")
+    index = pd.Index(tasks, name="task")
+    pd.DataFrame({"task_index": range(len(tasks))}, index=index).to_parquet(root / "meta/tasks.parquet")
 
     starts = np.concatenate([[0], np.cumsum(lengths)])
     rows = []
