@@ -301,8 +301,8 @@ def _frames_of(
     else:  # the rate varies or is mislabelled: lerobot takes the frame nearest in time, and so do we
         seconds = table.times / table.timescale
         wanted = begin_s + np.arange(length) / source.fps
-        nearest = np.clip(np.searchsorted(seconds, wanted), 1, max(1, shown - 1))
-        nearest -= wanted - seconds[nearest - 1] < seconds[np.minimum(nearest, shown - 1)] - wanted
+        halfway = (seconds[1:] + seconds[:-1]) / 2
+        nearest = np.searchsorted(halfway, wanted)
         first = int(nearest[0])
         if not np.array_equal(nearest, first + np.arange(length)):
             raise DataError("the frames at its time stamps do not follow one another: the frame rate varies")
