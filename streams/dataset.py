@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -430,9 +429,10 @@ def decode_image(encoded: bytes, where: str) -> NDArray[np.uint8]:
             return simplejpeg.decode_jpeg(encoded, "RGB")
         from PIL import Image
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the stricter limit
+        try:
             picture = Image.open(io.BytesIO(encoded))
+        except Image.DecompressionBombError as error:  # beyond Pillow's own limit already
+            raise DataError(f"{where}: {_one_line(error)}; refused") from error
         _check_pixels(picture.height, picture.width, where)
         return np.array(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's PNG reader raises the last
@@ -444,7 +444,9 @@ def decode_image(encoded: bytes, where: str) -> NDArray[np.uint8]:
 def _check_pixels(height: int, width: int, where: str) -> None:
     """Before anything is allocated: a header of a few bytes may claim any size."""
     if height * width > MOST_PIXELS:
-        raise DataError(f"{where}: a picture of {width} x {height} pixels; refused, {MOST_PIXELS:,} is the limit")
+        raise DataError(
+            f"{where}: a picture of {width} x {height} pixels; refused, {MOST_PIXELS:,} is the limit"
+        )
 
 
 # --- opening ------------------------------------------------------------------------------------------------
