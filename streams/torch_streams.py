@@ -23,7 +23,7 @@ class IterableStream(IterableDataset):
     """One epoch an iteration, the next one in the next; or endless. `set_epoch` begins any epoch.
 
     Resuming: `state_dict` of a StatefulDataLoader over this, with as many workers as before; or
-    `stream.state_after(batch)` and `stream.load_state_dict`, with any number of workers and ranks.
+    `stream.state_after(batch)`, `stream.load_state_dict` and `resume`, with any number of workers and ranks.
     """
 
     def __init__(self, stream: Stream, endless: bool = False):
@@ -59,9 +59,15 @@ class IterableStream(IterableDataset):
         else:
             self._next_epoch[:] = epoch + 1
 
+    def resume(self) -> None:
+        """Let loader workers begin where the stream stands, after `stream.load_state_dict`."""
+        self._resumed_turn = 0
+        self._next_epoch[:] = self.stream.epoch
+
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict(), "turn": self.stream.turn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
+        self._next_epoch[:] = self.stream.epoch
         self._resumed_turn = int(state["turn"])
