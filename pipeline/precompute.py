@@ -137,6 +137,7 @@ def dataset_info(dataset: Dataset) -> DatasetInfo:
         features=dataset.features,
         cameras={camera: dataset.camera_size(camera) for camera in dataset.cameras},
         conventions=conventions,
+        splits=dataset.splits,
     )
 
 
@@ -157,6 +158,10 @@ class DiskEpisode:
     @property
     def frames(self) -> int:
         return int(self.owner.dataset.episodes.length[self.span.start : self.span.stop].sum())
+
+    @property
+    def content(self) -> str:
+        return self.owner.dataset.contents()[self.index]
 
     @property
     def text(self) -> str:
@@ -371,6 +376,7 @@ class _TargetRun:
         self.folder = self.base / self.stage.name / self.variant
         self.contents = self.dataset.contents()
         self.finished: set[str] = set()
+        self.pixels = ""
         self.terms = {
             "stage": self.stage.name,
             "version": self.stage.version,
@@ -380,12 +386,6 @@ class _TargetRun:
                 if entry.metadata.get("key", True)  # where and how fast it runs changes no target
             },
         }
-        cameras = [wish.camera for wish in self.stage.wishes(self.params, self.view.info)]
-        self.pixels = (
-            digest_of([pixel_identity(self.dataset, camera) for camera in cameras]) if cameras else ""
-        )
-        if len(cameras) == 1:
-            self.pixels = pixel_identity(self.dataset, cameras[0])
 
     def make(self, workers: int, scheduler: str | None, max_time_s: float | None) -> TargetMade:
         self._refuse_other_terms()
@@ -488,6 +488,7 @@ class _TargetRun:
         return _load_prepared(self.folder, _read_json(path))
 
     def _jobs(self, prepared: Prepared) -> list[PartJob]:
+        self.pixels = pixel_identity(self.dataset, str(prepared.contract.get("camera", "")))
         settled = prepared_digest(prepared)
         terms = digest_of([str(self.folder), self.terms, settled, contents_digest(self.contents)])
         jobs = []
@@ -604,7 +605,7 @@ class _TargetRun:
 
 def make_part(job: PartJob) -> dict[str, Any]:
     """Make one part: every array, then its receipt. Runs in a worker; leaves nothing half-named behind."""
-    view, stage, run, specs = _opened(job)
+    view, stage, run, specs, wishes = _opened(job)
     lengths = view.dataset.episodes.length
     durable = expected_bytes(specs, lengths[list(job.episodes)]) >= DURABLE_BYTES
     paths = {spec.name: array_path(job.folder, spec, job.part, job.key) for spec in specs}
@@ -613,7 +614,7 @@ def make_part(job: PartJob) -> dict[str, Any]:
     episodes: list[dict[str, Any]] = []
     mine = [e for e, content in zip(job.episodes, job.contents, strict=True) if content not in job.copies]
     try:
-        view.ahead = _decode_ahead(view, stage.wishes(job.params, view.info), mine)
+        view.ahead = _decode_ahead(view, wishes, mine)
         for span in _spans(job, stage.pointwise(job.params)):
             stretch = DiskEpisode(view, span)
             contents = job.contents[span.start - job.episodes[0] : span.stop - job.episodes[0]]
@@ -717,10 +718,11 @@ def _check_rows(
             )
 
 
-_OPEN: dict[tuple[Path, str], tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...]]] = {}
+Opened = tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...], tuple[FrameWish, ...]]
+_OPEN: dict[tuple[Path, str], Opened] = {}
 
 
-def _opened(job: PartJob) -> tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...]]:
+def _opened(job: PartJob) -> Opened:
     """The dataset and the stage's model, opened once per worker and target."""
     name = (job.root, job.terms)
     if name not in _OPEN:
@@ -729,7 +731,8 @@ def _opened(job: PartJob) -> tuple[DiskDataset, Stage, Run, tuple[ArraySpec, ...
         view = DiskDataset(open_dataset(job.root))
         prepared = _load_prepared(job.folder, _read_json(job.folder / "prepared.json"))
         run = stage.open(job.params, view.info, prepared)
-        _OPEN[name] = (view, stage, run, stage.makes(job.params, view.info, prepared))
+        told = (job.params, view.info, prepared)
+        _OPEN[name] = (view, stage, run, stage.makes(*told), stage.wishes(*told))
     return _OPEN[name]
 
 

@@ -24,6 +24,8 @@ from ..schemas.errors import UsageError, unknown_name
 from ..schemas.features import CAMERA_PREFIX
 
 STAGES = {
+    "teacher": "hidden states of a frozen policy's action tokens (vita)",
+    "residuals": "what a frozen anchor policy's chunk lacks (anchorrefine)",
     "foresight": "a frozen vision tower's tokens of every frame (dial)",
     "tokens": "coarse-bin action tokens and the report that chooses N (libra)",
     "stats": "exact statistics of columns, also relative to the chunk start (any trainer)",
@@ -43,6 +45,7 @@ class DatasetInfo:
     features: Mapping[str, Mapping[str, Any]]  # as in info.json
     cameras: Mapping[str, tuple[int, int]]  # name -> (height, width); the first is the primary one
     conventions: Mapping[str, Any] = field(default_factory=dict)
+    splits: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # name -> episodes [first, stop)
 
     def names(self, column: str) -> tuple[str, ...]:
         """Names of a column's dimensions; UsageError listing the columns where there is none of that name."""
@@ -92,6 +95,11 @@ class EpisodeView(Protocol):
 
     @property
     def frames(self) -> int: ...
+
+    @property
+    def content(self) -> str:
+        """Its content digest, whichever dataset it lies in."""
+        ...
 
     @property
     def text(self) -> str:
@@ -176,7 +184,7 @@ class Stage:
     """Whether the work is a model's forward pass: it then runs in one process, with all its threads."""
     pointwise: Callable[[Any], bool] = lambda params: False
     """Whether a row depends on its own frame alone: `run` is then given many episodes as one."""
-    wishes: Callable[[Any, DatasetInfo], tuple[FrameWish, ...]] = lambda params, info: ()
+    wishes: Callable[[Any, DatasetInfo, Prepared], tuple[FrameWish, ...]] = lambda params, info, prepared: ()
     """The frames it will ask of every episode, so that they are decoded ahead, across episodes."""
 
 

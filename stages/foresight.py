@@ -422,8 +422,8 @@ def _picture(
     )
 
 
-def wishes(params: Params, info: DatasetInfo) -> tuple[FrameWish, ...]:
-    return () if params.in_loop else (FrameWish(info.camera(params.camera), params.every, params.batch),)
+def wishes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[FrameWish, ...]:
+    return () if params.in_loop else (FrameWish(prepared.facts["camera"], params.every, params.batch),)
 
 
 STAGE = Stage(
