@@ -54,7 +54,9 @@ from .agibot_proprio import (
 from .depth import PngDepth, decode_png16
 
 FPS = 30
-COMMANDED = "-commanded"  # variant of episodes whose arm action is a command of its own, under --action auto
+# Variants are datasets, and a dataset has one rule: `--action auto` sets apart recordings whose arms have commands
+# of their own, and every setting those whose effectors have none.
+COMMANDED, UNTOLD = "-commanded", "-untold"
 DEPTH_FAR_M = 5.0
 
 # Tasks of the dexterous hand and of tactile sensors, as any4lerobot lists them; the files decide.
@@ -217,7 +219,7 @@ def stored_action_feature(variant: str) -> Feature:
         "float32",
         names,
         unit="rad, m",
-        description="the file's action columns; rows it has none for hold the state",
+        description="the file's action columns; rows not sent hold the state, or an effector's last command",
     )
 
 
@@ -231,7 +233,7 @@ def next_rows(array: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def takes_next_state(options: Options, variant: str) -> bool:
     """The one rule of a dataset."""
-    return options.action == "next-state" or (options.action == "auto" and not variant.endswith(COMMANDED))
+    return options.action == "next-state" or (options.action == "auto" and COMMANDED not in variant)
 
 
 def episode_columns(
@@ -248,6 +250,8 @@ def episode_columns(
     }
     command = raw.action["effector"]
     stored = (raw.action["joint"], command, raw.action["head"], raw.action["waist"], raw.action["end"])
+    if variant.endswith(UNTOLD):
+        command = next_rows(effector) if takes_next_state(options, variant) else effector
     columns: dict[str, NDArray[Any]] = {
         "observation.state": np.concatenate([raw.joint, effector, raw.head, raw.waist], axis=1),
         "action": np.concatenate([target["joint"], command, target["head"], target["waist"]], axis=1),
@@ -386,8 +390,8 @@ class Scan:
         facts: dict[str, Any] = {}
         scale = (0.0, 1.0)
         if variant != "dexhand":
-            command = raw.action["effector"]
-            if command.min() < -0.5 or command.max() > 1.5:
+            command = raw.action["effector"] if raw.has_command else None
+            if command is not None and (command.min() < -0.5 or command.max() > 1.5):
                 self.problems.append(
                     f"gripper commands of {command.min():g} to {command.max():g}, expected 0 (open) to 1 (closed)"
                 )
@@ -402,12 +406,18 @@ class Scan:
             except DataError as error:
                 self.problems.append(str(error))
                 scale = (0.0, 1.0)
+        facts["effector_command"] = raw.has_command
         same = arm_action_is_state(raw)
         if self.options.action == "auto" and not same:
             variant += COMMANDED
             worst = np.abs(raw.action["joint"] - raw.joint).max()
             self.notes.append(
                 f"the arms' action differs from their state by up to {worst:.3g} rad: taken as stored"
+            )
+        if not raw.has_command:
+            variant += UNTOLD
+            self.notes.append(
+                "no effector command was recorded: the action has its reading, by the arms' rule"
             )
         if self.options.action == "as-stored" and same:
             self.notes.append("the arms' action equals their state: a policy would learn to stand still")
@@ -455,7 +465,7 @@ class Scan:
 
 def camera_files(variant: str, options: Options) -> dict[str, str]:
     """Camera key -> file below the episode folder, for a variant."""
-    kind = variant.removesuffix(COMMANDED)
+    kind = variant.split("-")[0]
     keys = ["head", *HANDS["dexhand" if kind == "dexhand" else "gripper"]]
     if options.cameras == "all":
         keys += FISHEYES
@@ -502,7 +512,10 @@ def embodiment(options: Options, variant: str) -> Embodiment:
     sidecar += [BASE_POSE, BASE_VELOCITY, JOINT_CURRENT, WRENCH, RECORDED]
     conventions: dict[str, Any] = {
         "action": "joint_pos_absolute",
-        "action_rule": {"arms, head, waist": rule, "effector": "command as stored"},
+        "action_rule": {
+            "arms, head, waist": rule,
+            "effector": rule if variant.endswith(UNTOLD) else "command as stored",
+        },
         "gripper_action": "none" if dexterous else {"open": 0, "close": 1},
         "gripper_state": "none"
         if dexterous

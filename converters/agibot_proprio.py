@@ -27,7 +27,7 @@ OPTIONAL = ("base_pose", "base_velocity", "joint_current", "wrench")
 SAME = 1e-6  # rad: an action this close to the state is the state
 # Raw gripper readings: open, closed.
 GRIPPER_RANGES = {"0:120": (0.0, 120.0), "35:120": (35.0, 120.0)}
-OLD_OPEN_LEAST = 30.0  # no older gripper reads less
+OLD_OPEN_LEAST, OLD_OPEN_MOST = 30.0, 42.0  # readings of an older gripper when open
 GRIPPER_DELAY = 10  # frames by which the reading follows the command
 
 
@@ -43,6 +43,7 @@ class Raw:
     waist: NDArray[np.float64]  # [T, 2]
     action: dict[str, NDArray[np.float64]]  # joint, effector, end, head, waist: scattered over the state
     sent: NDArray[np.bool_]  # [T, 6] by ACTION_GROUPS
+    has_command: bool  # whether action["effector"] is a command, not absent nor the reading again
     optional: dict[str, NDArray[np.float64]]  # OPTIONAL that the file has
     notes: list[str]
 
@@ -89,11 +90,18 @@ class _Reader:
         return array
 
     def scattered(
-        self, group: str, twin: NDArray[np.float64], *shapes: tuple[int, ...], name: str = "position"
+        self,
+        group: str,
+        twin: NDArray[np.float64],
+        *shapes: tuple[int, ...],
+        name: str = "position",
+        hold: bool = False,
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool]:
-        """(rows over `twin` [T, D], rows sent [T], whether there are any) of action/<group>.
+        """(rows [T, D], which were sent [T], whether there are any) of action/<group>.
 
         Alpha stores only the rows that were sent, `index` saying which; Beta stores them all and an index beside.
+        The others come from `twin` [T, D], the state; or hold the last one sent (`hold`), where a command is not
+        in the units of the state: a gripper told 1 reads 120.
         """
         frames = len(twin)
         path = f"action/{group}/{name}"
@@ -116,6 +124,9 @@ class _Reader:
             self.problems.append(
                 f"{path} has {len(array)} rows for {frames} frames and {count} to place them by"
             )
+        elif hold:
+            last = np.searchsorted(index, np.arange(frames), side="right") - 1
+            return array[np.maximum(last, 0)], sent, True  # before the first: the first
         else:
             rows = twin.copy()
             rows[index] = array
@@ -167,14 +178,14 @@ def load(file: h5py.File) -> tuple[Raw | None, list[str]]:
         reader.problems.append(
             f"state/end/orientation has no unit quaternion in {len(bad)} rows, first {bad[0]}"
         )
-    action, sent, notes = _load_action(reader, joint, effector, end, head, waist)
+    action, sent, has_command, notes = _load_action(reader, joint, effector, end, head, waist)
     optional = _load_optional(reader, frames)
     velocity, sent_base, moving = reader.scattered("robot", np.zeros((frames, 2)), (2,), name="velocity")
     if moving:
         optional["base_velocity"] = velocity
     sent[:, ACTION_GROUPS.index("robot")] = sent_base if moving else False
-    raw = Raw(time_ns, joint[:, :14], effector, end, head, waist, action, sent, optional, notes)
-    return (None if reader.problems else raw), reader.problems
+    raw = Raw(time_ns, joint[:, :14], effector, end, head, waist, action, sent, has_command, optional, notes)
+    return (None if reader.problems else raw), list(dict.fromkeys(reader.problems))
 
 
 def _state_effector(reader: _Reader, joint: NDArray[np.float64], frames: int) -> NDArray[np.float64] | None:
@@ -201,28 +212,29 @@ def _load_action(
     end: NDArray[np.float64],
     head: NDArray[np.float64],
     waist: NDArray[np.float64],
-) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_], list[str]]:
-    """The file's action columns over the state, rows sent by group, and notes about groups it lacks."""
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_], bool, list[str]]:
+    """The file's action columns over the state, rows sent by group, whether there is an effector command, notes."""
     frames, notes = len(joint), []
     sent = np.zeros((frames, len(ACTION_GROUPS)), bool)
     action: dict[str, NDArray[np.float64]] = {}
     joints, sent[:, 0], has_joint = reader.scattered("joint", joint, joint.shape[1:])
     action["joint"] = joints[:, :14]
     if reader.array("state/effector/position", None, (2,), (12,)) is not None:
-        command, sent[:, 1], known = reader.scattered("effector", effector, effector.shape[1:])
+        command, sent[:, 1], known = reader.scattered("effector", effector, effector.shape[1:], hold=True)
     elif joint.shape[1] == 16:
-        command, sent[:, 1], known = joints[:, 14:], sent[:, 0], has_joint
+        held, sent[:, 1], known = reader.scattered("joint", joint, joint.shape[1:], hold=True)
+        command = held[:, 14:]
     else:
         half = effector.shape[1] // 2
         parts = [
-            reader.scattered(f"{side}_effector", effector[:, i * half : (i + 1) * half], (half,))
+            reader.scattered(f"{side}_effector", effector[:, i * half : (i + 1) * half], (half,), hold=True)
             for i, side in enumerate(SIDES)
         ]
         command = np.concatenate([part[0] for part in parts], axis=1)
         sent[:, 1], known = parts[0][1] & parts[1][1], parts[0][2] and parts[1][2]
-    if not known and not reader.problems:
-        reader.problems.append("the effector command (action/effector/position) is missing or empty")
+    # Sixteen joints repeat their state, grippers included: a reading of 0 to 120 is no command.
     action["effector"] = command
+    has_command = known and bool(np.abs(command - effector).max() > SAME)
     poses = end.reshape(frames, 2, 7)
     position, sent[:, 2], has_end = reader.scattered("end", poses[:, :, :3].reshape(frames, 6), (2, 3))
     turned, _, _ = reader.scattered("end", poses[:, :, 3:].reshape(frames, 8), (2, 4), name="orientation")
@@ -238,7 +250,7 @@ def _load_action(
     ]
     if lacking:
         notes.append(f"no action for {', '.join(lacking)}: stored_action holds the state there")
-    return action, sent, notes
+    return action, sent, has_command, notes
 
 
 def _load_optional(reader: _Reader, frames: int) -> dict[str, NDArray[np.float64]]:
@@ -272,12 +284,13 @@ def parse_gripper_range(text: str) -> tuple[float, float] | None:
     return float(match[1]), float(match[2])
 
 
-def gripper_range(state: NDArray[np.float64], command: NDArray[np.float64]) -> tuple[str, str]:
-    """(name in GRIPPER_RANGES, note) for raw readings [T, 2] and commands [T, 2] of one recording.
+def gripper_range(state: NDArray[np.float64], command: NDArray[np.float64] | None) -> tuple[str, str]:
+    """(name in GRIPPER_RANGES, note) for raw readings [T, 2] and commands [T, 2], if any, of one recording.
 
     The newer gripper reads 0 open and 120 closed, the older 35 and 120; both overshoot. A reading that the older
-    one cannot have decides; else which scale foretells the readings from the commands. A recording whose
-    grippers stay closed shows nothing, and both scales say nearly the same of it.
+    one cannot have decides; else which scale foretells the readings from the commands; else whether an older
+    gripper would be open at the least of them. A recording whose grippers stay closed shows nothing, and both
+    scales say nearly the same of it.
     """
     least, most = float(state.min()), float(state.max())
     if least < -5 or most > 250:
@@ -287,7 +300,13 @@ def gripper_range(state: NDArray[np.float64], command: NDArray[np.float64]) -> t
         )
     if least < OLD_OPEN_LEAST:
         return "0:120", ""
-    told, read = command[:-GRIPPER_DELAY], state[GRIPPER_DELAY:]
+    if command is None and least <= OLD_OPEN_MOST:
+        return (
+            "35:120",
+            f"gripper readings of {least:g} at least, no commands: read on the older scale, 35 to 120",
+        )
+    told = np.ones((0, 2)) if command is None else command[:-GRIPPER_DELAY]
+    read = state[GRIPPER_DELAY:]
     telling = told < 0.9  # near 1 both scales agree
     if telling.sum() < GRIPPER_DELAY:
         return "0:120", f"grippers never open (least reading {least:g}): read on the newer scale, 0 to 120"

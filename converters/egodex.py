@@ -235,8 +235,9 @@ def scan(recording: Recording, options: Options) -> Sequence[EpisodeRef | Droppe
         return [Dropped(recording.name, files, "; ".join(problems), remedy, recording.split)]
     part, task, number = recording.name.split("/")
     text, source = instruction(attributes, task)
-    if attributes.get("task", task) != task:
-        notes.append(f"attribute task says '{attributes['task']}', the folder '{task}'")
+    named = text_of(attributes.get("task"))
+    if named and named != task:
+        notes.append(f"attribute task says '{named}', the folder '{task}'")
     metadata: dict[str, Any] = {
         "part": part,
         "task": task,

@@ -183,9 +183,48 @@ def test_short_action_arrays_are_scattered_by_their_index_over_the_state(tmp_pat
     assert sent[:, groups.index("effector")].all()
 
 
+@pytest.mark.parametrize("effector", ["both", "sides", "joints"])
+def test_a_gripper_command_that_was_not_sent_again_still_holds(tmp_path: Path, effector: str):
+    """A gripper told 1 reads 120: gaps in its commands cannot be filled from its state."""
+    index = np.array([5, 22, 45])  # told open, close, open
+
+    groups = {"both": ["effector"], "sides": ["left_effector", "right_effector"], "joints": ["joint"]}[
+        effector
+    ]
+
+    def shorten(tree):
+        for group in groups:
+            tree[f"action/{group}/position"] = tree[f"action/{group}/position"][index]
+            tree[f"action/{group}/index"] = index
+
+    write_episode(tmp_path, change=shorten, effector=effector)
+    command = episode(tmp_path).columns["action"][:, 14]
+    assert command.tolist() == [0.0] * 22 + [1.0] * 23 + [0.0] * 15
+
+
 def test_full_arrays_with_a_shorter_index_stay_full_and_keep_the_index_as_a_mask(tmp_path: Path):
     columns = episode(write_episode(tmp_path)).columns
     assert columns["action_sent"][:, 0].tolist() == [False, False] + [True] * 58
+
+
+@pytest.mark.parametrize("how", ["empty", "repeats its state"])
+def test_grippers_without_a_command_make_a_dataset_of_their_own(tmp_path: Path, how: str):
+    """Sixteen joints whose action is their state say nothing of what the grippers were told."""
+
+    def change(tree):
+        if how == "empty":
+            tree["action/effector/position"] = EMPTY
+        else:
+            tree["action/joint/position"] = tree["state/joint/position"]
+
+    write_episode(tmp_path, change=change, effector="both" if how == "empty" else "joints")
+    ref = only_ref(tmp_path)
+    assert ref.variant == "gripper-untold" and ref.metadata["effector_command"] is False
+    columns = agibot.read(ref, Options()).columns
+    assert np.array_equal(columns["action"][:-1, 14:16], columns["observation.state"][1:, 14:16])
+    rule = agibot.embodiment(Options(), ref.variant).conventions["action_rule"]["effector"]
+    assert rule == "next state, the last repeated"
+    assert [camera.key for camera in ref.cameras] == list(MAIN)
 
 
 def cut_index(tree) -> None:
@@ -226,10 +265,6 @@ def spoil(name: str, at, value):
         (drop_rows("state/head/position"), "state/head/position has 59 rows, timestamp 60"),
         (put("state/head/position", EMPTY), "state/head/position is missing or empty"),
         (put("state/joint/position", np.zeros((60, 13))), "expected (N, 14) or (N, 16)"),
-        (
-            put("action/effector/position", EMPTY),
-            "effector command (action/effector/position) is missing or empty",
-        ),
         (put("state/effector/position", EMPTY), "no effector state"),
         (put("timestamp", np.zeros(0, np.int64)), "timestamp is int64 (0,)"),
         (spoil("timestamp", 5, 0), "timestamp does not rise at row 5"),
@@ -309,8 +344,10 @@ def test_a_newer_gripper_that_never_opens_wide_is_told_by_its_commands():
 
 
 def test_grippers_that_stay_closed_show_nothing_and_say_so():
-    name, note = gripper_range(np.full((100, 2), 118.0), np.ones((100, 2)))
-    assert name == "0:120" and "never open" in note
+    for command in (np.ones((100, 2)), None):
+        name, note = gripper_range(np.full((100, 2), 118.0), command)
+        assert name == "0:120" and "never open" in note
+    assert gripper_range(np.full((100, 2), 36.0), None)[0] == "35:120"
 
 
 def test_readings_of_no_known_gripper_need_the_user(tmp_path: Path):
