@@ -384,7 +384,7 @@ View = Callable[[Scene], tuple[Array, Array]]
 
 def _frames_of(scenes: Iterable[Scene], camera: Camera, view: View, wearer: str) -> Iterator[Image]:
     for scene in scenes:
-        yield enlarge(render(scene, camera, *view(scene), wearer), ENLARGE)
+        yield render(scene, camera, *view(scene), wearer)
 
 
 def _write_videos(store: _Store, recording: Recording, fisheye: bool, depth: bool) -> None:
@@ -404,7 +404,8 @@ def _write_videos(store: _Store, recording: Recording, fisheye: bool, depth: boo
     for name, (camera, view, wearer) in views.items():
         pictures = _frames_of(scenes, camera, view, wearer)
         store.put(
-            f"{folder}/videos/{name}.mp4", lambda path, p=pictures: write_clip(path, p, FPS, "libsvtav1")
+            f"{folder}/videos/{name}.mp4",
+            lambda path, p=pictures: write_clip(path, p, FPS, "libsvtav1", ENLARGE),
         )
     if recording.variant == "tactile":
         for side in ("left", "right"):

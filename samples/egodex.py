@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..schemas.errors import UsageError
 from ..schemas.rotations import make_pose
-from .clip import enlarge, write_clip
+from .clip import write_clip
 from .motion import Frames, Motion, record, resample, seeds_by_task, split_off, write_seeds
 from .panda import Array
 from .render import Camera, Image, look_at, render
@@ -99,9 +99,9 @@ def write(
         stem = raw / part / TASK_FOLDER / str(number)
         stem.parent.mkdir(parents=True, exist_ok=True)
         cameras = _cameras(one, len(frames))
-        pictures = _pictures(frames, cameras, enlarged)
+        pictures = _pictures(frames, cameras)
         paths += [stem.with_suffix(".hdf5"), stem.with_suffix(".mp4")]
-        write_clip(paths[-1], pictures, FPS, codec)
+        write_clip(paths[-1], pictures, FPS, codec, enlarged)
         kind = 0 if uniform else number % len(KINDS)
         _write_hdf5(paths[-2], motion, frames, cameras, KINDS[kind])
         seeds[f"{part}/{TASK_FOLDER}/{number}"] = {
@@ -128,11 +128,10 @@ def _cameras(seed: int, frames: int) -> Array:
     return np.array(poses)
 
 
-def _pictures(frames: Frames, cameras: Array, enlarged: int) -> Iterator[Image]:
+def _pictures(frames: Frames, cameras: Array) -> Iterator[Image]:
     small = Camera(HEIGHT // ENLARGE, WIDTH // ENLARGE, FOCAL_PX / ENLARGE)
     for scene, camera in zip(frames.scenes, cameras, strict=True):
-        picture = render(scene, small, camera[:3, 3].copy(), camera[:3, :3].copy(), "person")
-        yield enlarge(picture, enlarged)
+        yield render(scene, small, camera[:3, 3].copy(), camera[:3, :3].copy(), "person")
 
 
 def wrist_poses(frames: Frames) -> Array:

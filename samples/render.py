@@ -178,7 +178,7 @@ class _Ground:
     texel: NDArray[np.integer]
     depth: NDArray[np.float32]
     beyond: NDArray[np.bool_] | None
-    backdrop: Image
+    backdrop: Image  # [P, 3] of the P pixels beyond the table
 
 
 def _meet_table(camera: Camera, rotation: bytes, eye: bytes) -> _Ground:
@@ -195,12 +195,17 @@ def _meet_table(camera: Camera, rotation: bytes, eye: bytes) -> _Ground:
     inside = (row >= 0) & (row < TEXTURE_SIZE[0]) & (column >= 0) & (column < TEXTURE_SIZE[1])
     texel = row * TEXTURE_SIZE[1] + column
     if inside.all():
-        return _Ground(x, y, texel, reach, None, np.zeros((1, 1, 3), np.uint8))
-    texel[~inside] = 0
-    rise = np.clip(world[2] / np.hypot(world[0], world[1]) * 2, 0, 1)[..., None]
-    wall = np.array(WALL_LOW) * (1 - rise) + np.array(WALL_HIGH) * rise
-    backdrop = np.where((world[2] > -0.15)[..., None], wall, FLOOR).astype(np.uint8)
-    return _Ground(x, y, texel, reach, ~inside, backdrop)
+        return _Ground(x, y, texel, reach, None, np.zeros((0, 3), np.uint8))
+    beyond = ~inside
+    texel[beyond] = 0
+    wx, wy, wz = world[:, beyond]
+    rise = np.clip(wz / np.hypot(wx, wy) * 2, 0, 1)
+    backdrop = _WALL[(rise * 63).astype(np.intp)]
+    backdrop[wz < -0.15] = FLOOR
+    return _Ground(x, y, texel, reach, beyond, backdrop)
+
+
+_WALL = np.linspace(WALL_LOW, WALL_HIGH, 64).astype(np.uint8)  # from the floor's edge upwards
 
 
 _meet_table_kept = lru_cache(maxsize=16)(_meet_table)
@@ -210,7 +215,7 @@ def _paint(ground: _Ground, tray: bytes, plate: bytes) -> Image:
     """[H, W, 3]: the table with its containers, and what lies beside it."""
     image = _texture(tray, plate).reshape(-1, 3)[ground.texel]
     if ground.beyond is not None:
-        image[ground.beyond] = ground.backdrop[ground.beyond]
+        image[ground.beyond] = ground.backdrop
     return image
 
 
