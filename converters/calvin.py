@@ -501,10 +501,9 @@ class Scan:
         if self.options.cut == "play":
             cuts = [self.cut_play(inside)]
             ids = np.arange(self.play[0], self.play[1] + 1)
-            if leaving or orphans:
-                notes.append(
-                    f"{len(leaving) + len(orphans)} language windows in no play episode are left out"
-                )
+            useless = [*leaving, *orphans, *(w for w in inside if self.length(w) <= 0)]
+            if useless:
+                notes.append(f"{len(useless)} language windows in no play episode are left out")
             lost: list[EpisodeRef | Dropped] = []
         else:
             if not self.index.windows:
