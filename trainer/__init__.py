@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 RECIPES = {
     "libra": "a planner names coarse action bins, a refiner diffuses the action they stand for",
     "vita": "a vision-language student takes over a small action expert: its hidden states, then its job",
+    "dial": "one system foresees features of a frozen tower, the other acts to make them so",
     "teacher": "a small policy by imitation, whose hidden states the teacher stage caches",
     "anchor": "a small policy by imitation, whose chunks the residuals stage corrects",
 }
