@@ -28,7 +28,9 @@ STAGES = {
     "residuals": "what a frozen anchor policy's chunk lacks (anchorrefine)",
     "foresight": "a frozen vision tower's tokens of every frame (dial)",
     "tokens": "coarse-bin action tokens and the report that chooses N (libra)",
+    "fast": "action chunks as a few byte-pair tokens of their cosines (FAST)",
     "stats": "exact statistics of columns, also relative to the chunk start (any trainer)",
+    "shards": "JPEG frames and columns as Parquet for fast random reading (any trainer)",
 }
 
 Columns = Mapping[str, NDArray[Any]]

@@ -216,18 +216,22 @@ def complexity(
     n, dims = actions.shape
     held_out = hold_out(episodes, seed)
     probe = Probe(situation.shape[1], dims, seed=seed)
-    made = probe.fit(np.asarray(situation, dtype=np.float64), actions, held_out, steps)
+    # A hand of 57 dimensions costs eight arms: fewer steps and rows bring the report back to seconds.
+    effort = min(1.0, 10 / dims)
+    made = probe.fit(
+        np.asarray(situation, dtype=np.float64), actions, held_out, max(500, int(steps * effort))
+    )
     test = np.flatnonzero(held_out)
-    test = test[:: max(1, len(test) // 20_000)]
+    test = test[:: max(1, len(test) // max(500, int(4000 * effort)))]
     spread = actions.std(axis=0)
     left_out = [bool(excluded[d]) if len(excluded) else False for d in range(dims)]
     kept = [d for d in range(dims) if not left_out[d] and spread[d] > 1e-3]
     order = sequences if sequences is not None else actions
     begins = starts if starts is not None else np.r_[True, episodes[1:] != episodes[:-1]]
     bins: dict[str, Any] = {}
-    for n_bins in sorted({*grid, FINEST}):
+    scored = _probe_scores(probe, situation, actions, test, sorted({*grid, FINEST}))
+    for n_bins, scores in scored.items():
         tokens = encode(actions, n_bins)
-        scores = _probe_scores(probe, situation, actions, test, n_bins)
         per_dim = []
         for d in range(dims):
             counts = np.bincount(tokens[:, d], minlength=n_bins)
@@ -278,30 +282,33 @@ def hold_out(episodes: NDArray[np.integer], seed: int) -> NDArray[np.bool_]:
 
 
 def _probe_scores(
-    probe: Probe, situation: Float, actions: Float, test: NDArray[np.integer], bins: int
-) -> dict[str, list[float]]:
-    """Held-out cross-entropy (bits), top-1, and squared error of the residual's conditional mean, per dim."""
+    probe: Probe, situation: Float, actions: Float, test: NDArray[np.integer], grid: Sequence[int]
+) -> dict[int, dict[str, list[float]]]:
+    """For each N held-out cross-entropy (bits), top-1, and squared error of the residual's conditional mean, per dim.
+
+    The density over fine cells is the costly part: it is made once a block, for every N.
+    """
     dims = actions.shape[1]
-    bits, hits, squares = np.zeros(dims), np.zeros(dims), np.zeros(dims)
     middles = -1 + (2 * np.arange(CELLS) + 1) / CELLS
-    cell_bin = encode(middles, bins).astype(np.int64)
-    firsts = np.flatnonzero(np.r_[True, cell_bin[1:] != cell_bin[:-1]])
-    for rows in _blocks(test, 512):
-        wanted = encode(actions[rows], bins).astype(np.int64)
-        p = probe.bin_probabilities(situation[rows], bins)
-        bits -= np.log2(np.maximum(np.take_along_axis(p, wanted[..., None], 2)[..., 0], 1e-12)).sum(axis=0)
-        hits += (p.argmax(axis=2) == wanted).sum(axis=0)
-        # E[a | S, bin] from the mass of fine cells inside the bin.
+    cells = {n: encode(middles, n).astype(np.int64) for n in grid}
+    firsts = {n: np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]]) for n, cell in cells.items()}
+    sums = {n: np.zeros((3, dims)) for n in grid}
+    for rows in _blocks(test, max(16, 30_000 // dims)):
         fine = probe.bin_probabilities(situation[rows], CELLS) + 1e-15
-        mass = np.add.reduceat(fine, firsts, axis=2)
-        mean = np.add.reduceat(fine * middles, firsts, axis=2) / mass
-        guess = np.take_along_axis(mean, wanted[..., None], 2)[..., 0]
-        squares += ((actions[rows] - guess) ** 2).sum(axis=0)
-    count = max(1, len(test))
+        weighted = fine * middles
+        for n in grid:
+            wanted = encode(actions[rows], n).astype(np.int64)
+            p = probe.bin_probabilities(situation[rows], n)
+            given = np.take_along_axis(p, wanted[..., None], 2)[..., 0]
+            # E[a | S, bin] from the mass of fine cells inside the bin.
+            mean = np.add.reduceat(weighted, firsts[n], axis=2) / np.add.reduceat(fine, firsts[n], axis=2)
+            guess = np.take_along_axis(mean, wanted[..., None], 2)[..., 0]
+            sums[n][0] -= np.log2(np.maximum(given, 1e-12)).sum(axis=0)
+            sums[n][1] += (p.argmax(axis=2) == wanted).sum(axis=0)
+            sums[n][2] += ((actions[rows] - guess) ** 2).sum(axis=0)
+    names = ("cross_entropy", "top1", "squared_error")
     return {
-        "cross_entropy": (bits / count).tolist(),
-        "top1": (hits / count).tolist(),
-        "squared_error": (squares / count).tolist(),
+        n: dict(zip(names, (total / max(1, len(test))).tolist(), strict=True)) for n, total in sums.items()
     }
 
 

@@ -197,7 +197,8 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
                 # Steps beyond a short episode repeat its last frame: nothing there is anybody's target.
                 real = starts[chosen][:, None] + np.arange(steps) < frames
                 mask &= real[..., None]
-            hidden = np.where(mask.any(axis=-1, keepdims=True)[..., None], hidden, 0)
+            learnt: NDArray[np.bool_] = np.any(mask, axis=-1, keepdims=True)
+            hidden = np.where(learnt[..., None], hidden, 0)
             block: dict[str, NDArray[Any]] = {"h": checked_float16(hidden), "mask": mask}
             if decodes:
                 block["a_hat"] = teacher.decode(hidden).astype(np.float16)
