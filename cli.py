@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 LEFT_OUT = 3
 
+# Before numpy is imported anywhere: workers are processes, and idle BLAS threads spin beside them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options every command has."""
