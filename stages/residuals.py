@@ -19,7 +19,6 @@ Source: AnchorRefine Secs 3.1-3.6, 4.3.3 (formulas reconstructed; see targets in
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..schemas.chunks import chunk_index
 from ..schemas.contract import FIXED_VIEW, ArraySpec, digest_of
 from ..schemas.errors import DataError, UsageError
 from ..schemas.folds import fold_of
+from ..schemas.noise import frame_seeds
 from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared, Run, Stage, TargetReader
 from .actions import STATE
 from .gripper import MARGIN, gripper_target, probability
@@ -99,15 +99,6 @@ def variant(params: Params, info: DatasetInfo) -> str:
     parts += [f"folds{len(params.anchor)}" if len(params.anchor) > 1 else ""]
     parts += [f"draws{params.draws}" if params.draws > 1 else ""]
     return "-".join(filter(None, parts))
-
-
-def frame_seeds(content: str, frames: NDArray[np.integer], draw: int, seed: int) -> NDArray[np.int64]:
-    """One seed per frame, below 2^63: from what the episode is, not from where it lies."""
-    found = [
-        hashlib.blake2b(f"{content}:{t}:{draw}:{seed}".encode(), digest_size=8).digest()
-        for t in frames.tolist()
-    ]
-    return np.array([int.from_bytes(digest, "little") >> 1 for digest in found], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -256,7 +247,7 @@ def anchor_chunks(
         texts = [episode.text] * len(here)
         found = []
         for draw in range(draws):
-            seeds = frame_seeds(episode.content, here, draw, params.seed)
+            seeds = frame_seeds(episode.content, here, draw, params.seed).astype(np.int64)
             arm, logit = anchor.act(images, state[here], texts, seeds)
             found.append((arm[:, :chunk], logit[:, :chunk]))
         yield here, found

@@ -11,7 +11,7 @@ from dpipe.schemas.errors import DataError, UsageError
 from dpipe.schemas.folds import fold_of, seen_in_training
 from dpipe.schemas.normalisers import fit
 from dpipe.stages.gripper import decide, gripper_target, logit_of, probability
-from dpipe.stages.residuals import compactness, frame_seeds, near_switch
+from dpipe.stages.residuals import compactness, near_switch
 from dpipe.streams.targets import open_targets
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,14 +71,6 @@ def test_frames_near_a_switch_are_those_within_five_steps():
     gripper[10:] = 1
     assert np.flatnonzero(near_switch(gripper)).tolist() == list(range(5, 16))
     assert not near_switch(np.ones((8, 1))).any()
-
-
-def test_seeds_belong_to_the_episode_and_not_to_its_place():
-    seeds = frame_seeds("ab" * 16, np.arange(100), draw=0, seed=0)
-    assert len(set(seeds.tolist())) == 100 and (seeds >= 0).all()
-    np.testing.assert_array_equal(frame_seeds("ab" * 16, np.arange(50, 100), 0, 0), seeds[50:])
-    for other in (("cd" * 16, 0, 0), ("ab" * 16, 1, 0), ("ab" * 16, 0, 1)):
-        assert (frame_seeds(other[0], np.arange(100), other[1], other[2]) != seeds).all()
 
 
 def test_folds_part_the_episodes():
