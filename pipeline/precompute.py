@@ -343,11 +343,36 @@ def precompute(
     base = out or own_targets(dataset)
     made = []
     for stage_name in stages:
+        if stage_name == "shards":
+            told = (params or {}).get(stage_name, {})
+            made.append(_shards(dataset, told, workers, out, events, name, scheduler, max_time_s))
+            continue
         stage = load_stage(stage_name)
         chosen = build_params(stage, (params or {}).get(stage_name, {}))
         run = _TargetRun(dataset, stage, chosen, base, name, refit, compress, events)
         made.append(run.make(workers, scheduler, max_time_s))
     return made
+
+
+def _shards(
+    dataset: Dataset,
+    params: Mapping[str, Any],
+    workers: int,
+    out: Path | None,
+    events: Progress,
+    name: str,
+    scheduler: str | None,
+    max_time_s: float | None,
+) -> TargetMade:
+    """Shards lie in dpipe/shards of a dataset of ours, in the folder `shards` of another's targets."""
+    from .shards import make_shards
+
+    base = dataset.root / "dpipe" / "shards" if out is None else out / "shards"
+    folder, written, size = make_shards(dataset, params, base, workers, events, name, scheduler, max_time_s)
+    parts = dataset.parts()
+    episodes, frames = len(dataset), dataset.total_frames
+    now, kept = sum(len(parts[number]) for number in written), len(parts) - len(written)
+    return TargetMade("shards", folder.name, folder, episodes, frames, size, now, 0, kept, {})
 
 
 def own_targets(dataset: Dataset) -> Path:

@@ -425,7 +425,7 @@ def decode_image(encoded: bytes, where: str) -> NDArray[np.uint8]:
             import simplejpeg
 
             height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
-            _check_pixels(height, width, where)
+            _check_pixels(int(height), int(width), where)
             return simplejpeg.decode_jpeg(encoded, "RGB")
         from PIL import Image
 

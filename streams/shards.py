@@ -432,6 +432,12 @@ def write_part(dataset: Dataset, out: Path, number: int, options: ShardOptions) 
     return frames
 
 
+def is_written(dataset: Dataset, out: Path, number: int, options: ShardOptions) -> bool:
+    """Whether a part needs no work: file and receipt are there, made of what the dataset holds now."""
+    key = _part_key(dataset, dataset.parts()[number], plan_shards(dataset, options))
+    return _receipt_file(out, number, key).is_file() and _part_file(out, number).is_file()
+
+
 def finish_shards(dataset: Dataset, out: Path, options: ShardOptions) -> Path:
     """Join the parts' receipts into the index; DataError lists parts that are missing."""
     plan = plan_shards(dataset, options)

@@ -476,6 +476,8 @@ class Source:
         chunks: dict[int, list[str]] = {}
         for name, horizon in spec.chunks.items():
             chunks.setdefault(horizon, []).append(name)
+            if f"{name}_is_pad" in self.rows.columns():
+                chunks[horizon].append(f"{name}_is_pad")
         return observed, chunks
 
     def read(self, samples: NDArray[np.int64], spec: StreamSpec, health: Health) -> Batch:
@@ -497,10 +499,15 @@ class Source:
                         batch[f"{name}_is_pad"] = is_pad
         for horizon, names in self._chunks.items():
             rows, is_pad = places.rows_at(np.arange(horizon) + spec.chunk_start)
-            for name, values in self.rows.values(names, rows).items():
+            found = self.rows.values(names, rows)
+            for name in names:
+                if name.endswith("_is_pad"):
+                    continue
+                values = found[name]
                 is_action = name in spec.action_columns
                 batch[name] = self._actions(name, values, is_pad, now, spec) if is_action else values
-                batch[f"{name}_is_pad"] = is_pad
+                invalid = found.get(f"{name}_is_pad")  # targets among the columns carry a mask of their own
+                batch[f"{name}_is_pad"] = is_pad if invalid is None else is_pad | invalid
         for camera in self.cameras:
             offsets = spec.offsets_of(camera)
             if offsets not in rows_at:
