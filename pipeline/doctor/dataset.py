@@ -1,0 +1,236 @@
+"""Examine one LeRobot v3.0 dataset: tables, then rows, then videos, then some or all of their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...schemas.errors import DataError
+from .checks import (
+    ALL,
+    EPISODE,
+    EXPECTED,
+    OWN,
+    PICTURES,
+    ROWS,
+    SEEN,
+    TABLES,
+    VIDEO,
+    Examination,
+    Found,
+    Level,
+    Report,
+    in_a_line,
+)
+from .pictures import Reader, Seen, choose_spans, watch
+from .recording import ACTION, STATE, EpisodeRows, Gathered
+from .subject import Block, Place, Subject
+from .videos import VideoFile, open_video_file
+
+SUSPECTS = 2  # episodes of the fewest bytes a frame, looked at beside those evenly spread
+
+
+def examine_dataset(root: Path, level: Level) -> Report:
+    report = Report(root, "LeRobot v3.0 dataset", level)
+    examination = Examination(report)
+    subject = Subject(root, level)
+    examination.look(TABLES, subject, "meta")
+    report.episodes, report.frames = len(subject), int(subject.lengths.sum())
+    told = set(subject.broken)
+    examination.look(OWN, subject, "dpipe")
+    if level == Level.FAST:
+        return report
+    gathered = _examine_rows(subject, examination)
+    examination.look(ALL, gathered, "meta")
+    videos = _examine_videos(subject, examination, gathered)
+    for path in set(subject.broken) - told:
+        if path.exists() and not _reported(report, subject.name_of(path)):
+            examination.note("unreadable", Found(subject.name_of(path), subject.broken[path]))
+    _examine_pictures(subject, examination, videos)
+    return report
+
+
+def _reported(report: Report, where: str) -> bool:
+    return any(finding.where.startswith(where) for finding in report.findings)
+
+
+def _examine_rows(subject: Subject, examination: Examination) -> Gathered:
+    manifest = subject.manifest or {}
+    conventions = manifest.get("conventions")
+    gathered = Gathered(
+        total=len(subject),
+        level=subject.level,
+        subject=subject,
+        conventions=conventions if isinstance(conventions, dict) else {},
+    )
+    for place in subject.data_places:
+        block = subject.block(place)
+        if block is None:
+            continue
+        examination.look(ROWS, block, block.where)
+        for episode in episodes_of(block):
+            examination.look(EPISODE, episode, episode.where)
+            gathered.add(episode)
+    return gathered
+
+
+def episodes_of(block: Block) -> Iterator[EpisodeRows]:
+    """The episodes of a data file whose rows can be told apart."""
+    subject = block.subject
+    vectors = [name for name in subject.vectors if name in block.columns]
+    names = {name: subject.names(name) for name in vectors}
+    texts = subject.episode_tasks
+    for e, start, length in zip(block.episodes.tolist(), block.starts, block.lengths, strict=True):
+        if not block.agrees or length == 0:
+            continue
+        yield EpisodeRows(
+            where=f"episode {e}",
+            number=e,
+            split=str(subject.split_of[e]),
+            text=" / ".join(map(str, texts[e])) if texts else "",
+            fps=subject.fps or 1,
+            columns={name: block.columns[name][start : start + length] for name in vectors},
+            names=names,
+        )
+
+
+def _examine_videos(
+    subject: Subject, examination: Examination, gathered: Gathered
+) -> dict[str, list[VideoFile]]:
+    contents = gathered.content if len(gathered.content) == len(subject) else []
+    opened: dict[str, list[VideoFile]] = {}
+    for camera in subject.videos:
+        seen: dict[bytes, int] = {}
+        for place in subject.video_places(camera):
+            video = open_video_file(subject, camera, place, seen, contents)
+            if video is not None:
+                examination.look(VIDEO, video, video.where)
+                opened.setdefault(camera, []).append(video)
+    return opened
+
+
+def _examine_pictures(subject: Subject, examination: Examination, videos: dict[str, list[VideoFile]]) -> None:
+    """Decode: everything, or stretches of episodes evenly spread and of those whose samples are smallest."""
+    seen = Seen()
+    # One set of stretches for all cameras, so that they can be compared.
+    suspects = sorted({e for camera in videos for e in _thinnest(subject, videos[camera])})
+    spans = choose_spans(subject.lengths, subject.level, suspects)
+    states = _States(subject)
+    for camera in subject.cameras:
+        for e, span, read in _readers(subject, camera, videos.get(camera, []), spans):
+            where = f"episode {e}"
+            try:
+                clip = watch(read, span, where, e, camera, subject.fps or 1, states.of(e))
+            except EXPECTED as error:
+                examination.note("video-damaged", Found(f"{where}, {camera}", in_a_line(error)))
+                continue
+            examination.look(PICTURES, clip, clip.place)
+            seen.add(clip)
+    examination.look(SEEN, seen, "videos")
+
+
+class _States:
+    """observation.state (else action) of one episode after another, [T, D] without two-valued columns."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.place_of = np.full(len(subject), -1, np.int64)
+        for number, place in enumerate(subject.data_places):
+            self.place_of[place.episodes] = number
+
+    def of(self, e: int) -> NDArray[np.float64] | None:
+        if not 0 <= e < len(self.place_of) or self.place_of[e] < 0:
+            return None
+        block = self.subject.block(self.subject.data_places[self.place_of[e]])
+        if block is None or not block.agrees:
+            return None
+        at = int(np.flatnonzero(block.episodes == e)[0])
+        rows = slice(int(block.starts[at]), int(block.starts[at] + block.lengths[at]))
+        for name in (STATE, ACTION):
+            column = block.columns.get(name)
+            if column is not None and column.dtype.kind in "fiu":
+                values = column[rows].astype(np.float64)
+                return values if np.isfinite(values).all() else None
+        return None
+
+
+def _thinnest(subject: Subject, videos: list[VideoFile]) -> list[int]:
+    """Episodes whose frames take the fewest bytes: black and frozen pictures compress to nothing."""
+    found: list[tuple[float, int]] = []
+    for video in videos:
+        table, total = video.table, len(video.table.shown)
+        if not video.has_stamps:
+            continue
+        sums = np.concatenate([[0], np.cumsum(table.sizes[table.shown])])
+        for e, first, length in zip(video.place.episodes, video.first_frames, video.lengths, strict=True):
+            if length and first >= 0 and first + length <= total:
+                found.append((float(sums[first + length] - sums[first]) / float(length), int(e)))
+    return [e for _, e in sorted(found)[:SUSPECTS]]
+
+
+def _readers(
+    subject: Subject, camera: str, videos: list[VideoFile], spans: list[tuple[int, range]]
+) -> Iterator[tuple[int, range, Reader]]:
+    """(episode, frames, how to read them) for each stretch of a camera that can be read."""
+    if subject.features[camera]["dtype"] == "image":
+        yield from _image_readers(subject, camera, spans)
+        return
+    from ...video.decode import open_video
+
+    wanted = dict(spans)
+    for video in videos:
+        inside = [(i, int(e)) for i, e in enumerate(video.place.episodes) if int(e) in wanted]
+        if not inside or not video.has_stamps:
+            continue
+        try:
+            reader = open_video(video.place.path)
+        except EXPECTED as error:
+            reason = in_a_line(error)
+            yield inside[0][1], wanted[inside[0][1]], _refusing(reason)
+            continue
+        with reader:
+            for i, e in inside:
+                first, span = int(video.first_frames[i]), wanted[e]
+                if first < 0 or first + span.stop > len(reader):
+                    continue  # `every_row_finds_its_frame` has said so
+                yield e, span, lambda a, b, r=reader, f=first: r.read(slice(f + a, f + b))
+
+
+def _refusing(reason: str) -> Reader:
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        raise DataError(reason)
+
+    return read
+
+
+def _image_readers(
+    subject: Subject, camera: str, spans: list[tuple[int, range]]
+) -> Iterator[tuple[int, range, Reader]]:
+    wanted = dict(spans)
+    for place in subject.data_places:
+        block = subject.block(place)
+        if block is None or not block.agrees or camera not in block.names:
+            continue
+        for e, first in zip(place.episodes.tolist(), block.starts.tolist(), strict=True):
+            if e in wanted:
+                yield e, wanted[e], _image_reader(subject, place, camera, first)
+
+
+def _image_reader(subject: Subject, place: Place, camera: str, first: int) -> Reader:
+    from ...streams.dataset import decode_image, encoded_image
+
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        cells: list[Any] = subject.pictures(place, camera, range(first + start, first + stop))
+        frames = []
+        for t, cell in enumerate(cells, start):
+            where = f"{subject.name_of(place.path)}, frame {t}"
+            frames.append(decode_image(encoded_image(cell, subject.root, where), where))
+        if len(frames) != stop - start:
+            raise DataError(f"{len(frames)} of {stop - start} pictures")
+        return np.stack(frames)
+
+    return read
