@@ -24,9 +24,10 @@ import os
 import queue
 import shutil
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -915,3 +916,93 @@ def stage_options(stage: Stage) -> list[tuple[str, type, Any, str]]:
         )
         for entry in fields(stage.Params)
     ]
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage would cost for a dataset with its default options, from a short probe."""
+
+    stage: str
+    summary: str
+    recipes: tuple[str, ...]
+    bytes: int = 0
+    seconds: float = 0.0
+    made: tuple[str, ...] = ()  # variants that exist
+    needs: str = ""  # what is missing before it can run at all
+
+
+PROBE_FRAMES = 256
+
+
+def stage_costs(
+    dataset_root: Path, out: Path | None = None, params: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[StageCost]:
+    """Every stage, its bytes and seconds for this dataset: a few episodes are worked on and thrown away.
+
+    Stages that write files of their own (shards) are listed without figures.
+    """
+    from ..stages import STAGES
+
+    dataset = open_dataset(dataset_root)
+    base = out or dataset.root / TARGETS
+    costs = []
+    for name in STAGES:
+        stage = load_stage(name)
+        made = sorted(path.parent.name for path in (base / name).glob("*/contract.json"))
+        told = (name, stage.summary, stage.recipes)
+        if not isinstance(stage, Stage):
+            costs.append(StageCost(*told, made=tuple(made)))
+            continue
+        try:
+            chosen = build_params(stage, (params or {}).get(name, {}))
+            size, seconds = _probe(stage, chosen, dataset)
+        except (UsageError, DataError) as error:
+            costs.append(StageCost(*told, made=tuple(made), needs=str(error)))
+            continue
+        costs.append(StageCost(*told, size, seconds, tuple(made)))
+    return costs
+
+
+def _probe(stage: Stage, params: Any, dataset: Dataset) -> tuple[int, float]:
+    """(bytes, seconds) of the whole dataset, by what its first few hundred frames take."""
+    lengths = dataset.episodes.length
+    count = max(1, int(np.searchsorted(np.cumsum(lengths), PROBE_FRAMES, side="right")))
+    view = _FirstEpisodes(DiskDataset(dataset), count)
+    prepared = stage.prepare(params, view)
+    specs = stage.makes(params, view.info, prepared)
+    run = stage.open(params, view.info, prepared)
+    list(run(view.episode(0)))  # warm: imports, decoder, page cache
+    start = time.perf_counter()
+    rows = 0
+    for position in range(count):
+        for block in run(view.episode(position)):
+            rows += sum(values.nbytes for name, values in block.items() if _is_ragged(specs, name))
+    seconds = time.perf_counter() - start
+    share = int(lengths.sum()) / max(1, int(lengths[:count].sum()))
+    return expected_bytes(specs, lengths) + round(rows * share), seconds * share
+
+
+def _is_ragged(specs: Sequence[ArraySpec], name: str) -> bool:
+    return any(spec.name == name and not spec.every for spec in specs)
+
+
+@dataclass
+class _FirstEpisodes:
+    """A `DatasetView` of the first few episodes."""
+
+    owner: DiskDataset
+    count: int
+    info: DatasetInfo = field(init=False)
+
+    def __post_init__(self) -> None:
+        frames = int(self.owner.dataset.episodes.length[: self.count].sum())
+        self.info = replace(self.owner.info, episodes=self.count, frames=frames)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def episode(self, position: int) -> DiskEpisode:
+        return self.owner.episode(position)
+
+    def stretches(self) -> Iterator[DiskEpisode]:
+        return (self.owner.episode(position) for position in range(self.count))

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from dpipe.pipeline import precompute as module
-from dpipe.pipeline.precompute import precompute, read_index
+from dpipe.pipeline.precompute import precompute, read_index, stage_costs
 from dpipe.schemas.bins import encode
 from dpipe.schemas.errors import DataError, Interrupted, UsageError
 from dpipe.schemas.normalisers import Normaliser
@@ -207,3 +207,15 @@ def test_zarrs_own_reader_opens_the_whole_target(tmp_path):
     group = zarr.open_group(made.folder, mode="r")
     part = sorted((made.folder / "tok_N10").glob("part-*"))[1].name
     np.testing.assert_array_equal(group[f"tok_N10/{part}"][20:], rows_of(made.folder, 3))
+
+
+def test_every_stage_says_what_it_would_cost_and_what_it_needs(tmp_path):
+    root = write_tiny(tmp_path / "set", [(seed, 40) for seed in range(20)], camera=True)
+    run(root)
+    costs = {cost.stage: cost for cost in stage_costs(root)}
+    assert costs["tokens"].bytes == 800 * (4 + 1) and costs["tokens"].made == ("N10-q01q99",)
+    assert costs["tokens"].recipes == ("libra",)
+    assert costs["foresight"].bytes == 800 * 64 * 32 * 2 and costs["foresight"].seconds > 0
+    assert costs["fast"].bytes > 800 * (8 + 4 + 16)
+    assert "dpipe train teacher" in costs["teacher"].needs and costs["teacher"].bytes == 0
+    assert sorted(p.name for p in (root / "dpipe/targets").iterdir()) == ["tokens"]  # nothing was kept
