@@ -10,20 +10,23 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .schemas.errors import DpipeError, UsageError
+from .schemas.errors import DpipeError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from .pipeline.convert import ConvertPlan, ConvertRequest, ConvertResult
+    from .pipeline.outputs import OutputRequest
     from .pipeline.progress import Progress
     from .pipeline.workspace import Workspace
 
 LEFT_OUT = 3
+ASK_ABOVE_BYTES = 50_000_000_000
 
 # Before numpy is imported anywhere: workers are processes, and idle BLAS threads spin beside them.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -114,29 +117,70 @@ def sample(
 # --- convert --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class NamedSource:
+    """What the word after `convert` stands for."""
+
+    name: str  # of the dataset, unless --name says another
+    address: str  # for load_converter
+    raw: Path | None = None  # a folder named by itself
+    map: Path | None = None  # of HDF5 files of one's own
+
+
 class SourceGroup(click.Group):
     """`dpipe convert SOURCE`: one command a source, its options made from the converter's own."""
+
+    finish_only = False
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         from .converters import SOURCES
 
         return list(SOURCES)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # The workspace is an option of the command still to be found, and its dpipe.toml may name the source.
+        given = [b for a, b in pairwise(args) if a == "--workspace"]
+        given += [word.partition("=")[2] for word in args if word.startswith("--workspace=")]
+        ctx.meta["workspace"] = Path(given[-1]) if given else None
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _convert_command(cmd_name)
+        source = _named_source(cmd_name, _workspace(ctx.meta.get("workspace")))
+        return _convert_command(source, self.finish_only)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from .converters import SOURCES
 
         with formatter.section("Sources"):
-            formatter.write_dl(list(SOURCES.items()))
+            own = ("FOLDER", "HDF5 files of your own: drafts a map of them, then converts by --map")
+            formatter.write_dl([*SOURCES.items(), own])
 
 
 class FinishGroup(SourceGroup):
     """`dpipe finish SOURCE`: the same words as the convert whose jobs it ends."""
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _convert_command(cmd_name, finish_only=True)
+    finish_only = True
+
+
+def _named_source(word: str, space: Workspace) -> NamedSource:
+    """A source of ours, one that dpipe.toml names, or a folder of HDF5 files."""
+    from .converters import MAPPED, SOURCES
+
+    converter = space.converter(word)
+    if converter is not None:
+        return NamedSource(word, str(converter))
+    if space.map(word) is not None:
+        return NamedSource(word, MAPPED, map=space.map(word))
+    folder = next((p for p in (Path(word), space.root / word) if p.exists()), Path(word))
+    if word not in SOURCES and (folder.exists() or len(folder.parts) > 1):
+        if not folder.exists():
+            raise UsageError(f"no folder '{word}'")
+        return NamedSource(folder.resolve().stem, MAPPED, raw=folder)
+    if word not in SOURCES:
+        raise unknown_name("source", word, [*SOURCES, *space.own_sources()])
+    return NamedSource(word, word)
 
 
 @cli.group(cls=FinishGroup, subcommand_metavar="SOURCE [OPTIONS]")
@@ -155,14 +199,17 @@ def convert() -> None:
 
     \b
     dpipe convert libero --to lerobot
+    dpipe convert libero --to zarr        the same as a replay buffer
     dpipe convert libero --help           the options of one source
+    dpipe convert my_logs                 your own HDF5 files: what is in them, and a map to fill in
     """
 
 
-def _convert_command(source: str, finish_only: bool = False) -> click.Command:
-    from .converters import load_converter
+def _convert_command(source: NamedSource, finish_only: bool = False) -> click.Command:
+    from .converters import MAPPED, load_converter
 
-    converter = load_converter(source)
+    converter = load_converter(source.address)
+    own = [click.Option(["--map", "map_file"], type=click.Path(path_type=Path), help="What the files mean.")]
     parameters: list[click.Parameter] = [
         click.Option(
             ["--to"],
@@ -170,11 +217,13 @@ def _convert_command(source: str, finish_only: bool = False) -> click.Command:
             default="lerobot",
             show_default=True,
         ),
-        click.Option(["--raw"], type=click.Path(path_type=Path), help=f"Raw folder.  [raw/{source}]"),
         click.Option(
-            ["--out"], type=click.Path(path_type=Path), help="Folder of the dataset.  [lerobot/NAME]"
+            ["--raw"],
+            type=click.Path(path_type=Path),
+            help=f"Raw folder.  [{source.raw or f'raw/{source.name}'}]",
         ),
-        click.Option(["--name"], help=f"Name of the dataset.  [{source}]"),
+        click.Option(["--out"], type=click.Path(path_type=Path), help="Where to write.  [TO/NAME]"),
+        click.Option(["--name"], help=f"Name of the dataset.  [{source.name}]"),
         click.Option(
             ["--limit"], type=click.IntRange(1), help="Only the first N episodes; a later run appends."
         ),
@@ -192,13 +241,21 @@ def _convert_command(source: str, finish_only: bool = False) -> click.Command:
         ),
         click.Option(["--emit-sbatch"], type=click.IntRange(1), help="Print a SLURM script of N array jobs."),
         click.Option(["--allow-dropped"], is_flag=True, help="Exit 0 although episodes were left out."),
-        *_options_of(converter.Options),
+        click.Option(["--no-images"], is_flag=True, help="--to zarr: leave the pictures out."),
+        click.Option(
+            ["--zarr-format"],
+            type=click.Choice(["2", "3"]),
+            default="2",
+            show_default=True,
+            help="--to zarr: 2 is what diffusion-policy code opens.",
+        ),
+        *(own if converter.name == MAPPED else _options_of(converter.Options)),
     ]
     command = click.Command(
-        source,
+        source.name,
         params=parameters,
         callback=_converting(source, finish_only),
-        help=f"Convert {source}.\n\n{converter.expects}",
+        help=f"Convert {source.name}.\n\n{converter.expects}",
     )
     return running(command)  # type: ignore[return-value]
 
@@ -247,7 +304,7 @@ def _options_of(options_type: type, unset: bool = False) -> list[click.Parameter
     return made
 
 
-def _converting(source: str, finish_only: bool = False) -> Callable[..., None]:
+def _converting(source: NamedSource, finish_only: bool = False) -> Callable[..., None]:
     def run(
         to: str,
         raw: Path | None,
@@ -262,6 +319,8 @@ def _converting(source: str, finish_only: bool = False) -> Callable[..., None]:
         share: str | None,
         emit_sbatch: int | None,
         allow_dropped: bool,
+        no_images: bool,
+        zarr_format: str,
         workspace: Path | None,
         as_json: bool,
         debug: bool,
@@ -271,10 +330,12 @@ def _converting(source: str, finish_only: bool = False) -> Callable[..., None]:
         max_time: float | None,
         yes: bool,
         dry_run: bool,
+        map_file: Path | None = None,
         **given: Any,
     ) -> None:
-        from .converters import load_converter
+        from .converters import MAPPED, load_converter
         from .pipeline.convert import PART_FRAMES, ConvertRequest, convert_all, options_from_strings
+        from .pipeline.outputs import OutputOptions, OutputRequest
         from .pipeline.payload import VideoOptions
         from .pipeline.slurm import parse_share, sbatch_script
 
@@ -285,12 +346,16 @@ def _converting(source: str, finish_only: bool = False) -> Callable[..., None]:
             click.echo(sbatch_script(words, emit_sbatch, _workers(workers), max_time), nl=False)
             return
         space = _workspace(workspace)
-        options = options_from_strings(load_converter(source).Options, given)
+        name = name or (raw.resolve().name if raw and source.address == "lerobot" else source.name)
+        raw = raw or source.raw or space.raw(source.name)
+        if source.address == MAPPED:
+            given["map"] = _read_map(source, raw, map_file, space)
+        options = options_from_strings(load_converter(source.address).Options, given)
         request = ConvertRequest(
-            source=source,
-            raw=(raw or space.raw(source)).resolve(),
-            out=(out or space.dataset(name or source)).resolve(),
-            name=name or source,
+            source=source.address,
+            raw=raw.resolve(),
+            out=(out if out and to == "lerobot" else space.dataset(name)).resolve(),
+            name=name,
             options=options,
             video=VideoOptions(codec, video, _size(resize)),
             part_frames=part_frames or PART_FRAMES,
@@ -308,11 +373,61 @@ def _converting(source: str, finish_only: bool = False) -> Callable[..., None]:
             return
         results = convert_all(request, _progress(as_json))
         for result in results:
-            _show_conversion(source, result, as_json)
+            _show_conversion(source.name, result, as_json)
+            if to != "lerobot" and result.finished:
+                suffix = result.root.name.removeprefix(request.out.name)  # of a variant
+                place = (
+                    out.with_name(out.stem + suffix + out.suffix) if out else space.dataset(name + suffix, to)
+                )
+                settings = OutputOptions(images=not no_images, zarr_format=int(zarr_format))
+                wanted = OutputRequest(
+                    result.root, to, place.resolve(), settings, _workers(workers), scheduler, max_time
+                )
+                _write_output(wanted, yes, as_json)
         if any(result.dropped for result in results) and not allow_dropped:
             sys.exit(LEFT_OUT)
 
     return run
+
+
+def _read_map(source: NamedSource, raw: Path, given: Path | None, space: Workspace) -> dict[str, Any]:
+    """The map of one's own files; without one a draft is written, never over another, and the command ends."""
+    from .converters.mapped import read_map
+
+    path = given or source.map
+    if path is not None:
+        return read_map(path)
+    from .converters.mapped_draft import draft_map
+    from .pipeline.durable import write_file
+
+    draft = draft_map(raw)
+    places = [space.root / "map.toml", *(space.root / f"map-{i}.toml" for i in range(2, 1000))]
+    place = next(p for p in places if not p.exists() or p.read_text(encoding="utf-8") == draft.text)
+    if not place.exists():
+        write_file(place, draft.text.encode())
+    still = f"answer {', '.join(draft.open)} in it" if draft.open else "check it"
+    raise UsageError(
+        f"{draft.report}\n  drafted: {place}\n  next: {still}, then:  dpipe convert {raw} --map {place}"
+    )
+
+
+def _write_output(request: OutputRequest, yes: bool, as_json: bool) -> None:
+    from .pipeline.outputs import estimate, write_output
+
+    size = 0 if request.out.exists() else estimate(request)
+    if size > ASK_ABOVE_BYTES and not yes:
+        cheaper = "--no-images, --resize WxH, --limit or --where make it smaller"
+        text = f"{request.form} of {request.root.name} takes up to {size / 1e9:.0f} GB in {request.out}; {cheaper}"
+        if not sys.stdin.isatty():
+            raise UsageError(f"{text}\n  next: --yes, if that is what you want")
+        click.confirm(f"{text}. Go on?", abort=True, err=True)
+    result = write_output(request, _progress(as_json))
+    state = "already complete" if result.unchanged else "written"
+    text = (
+        f"{result.form}: {state}, {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB "
+        f"in {result.root}" + (f", {result.linked} videos shared" if result.linked else "")
+    )
+    _result(vars(result) | {"root": str(result.root)}, text, as_json)
 
 
 def _show_conversion(source: str, result: ConvertResult, as_json: bool) -> None:
@@ -499,10 +614,9 @@ def _datasets(
 
     if named:
         return [space.find_dataset(name) for name in named]
-    sources = [source for source in SOURCES if space.raw(source).is_dir()]
-    unmade = [
-        source for source in sources if not (space.dataset(source) / "dpipe" / "manifest.json").is_file()
-    ]
+    sources = [source for source in (*SOURCES, *space.own_sources()) if space.raw(source).is_dir()]
+    made = space.sources_made()
+    unmade = [source for source in sources if source not in made]
     if unmade:
         plan = "; ".join(f"dpipe convert {source} --to lerobot" for source in unmade)
         click.echo(f"first: {plan}", err=True)

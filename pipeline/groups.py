@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,11 @@ def _signature(dataset: Dataset) -> tuple[str, str, int]:
     """What must agree: name of the embodiment, meaning and names of the action, fps."""
     manifest: dict[str, Any] = dataset.manifest or {}
     body = manifest.get("embodiment", {})
-    embodiment = "-".join(filter(None, [body.get("name"), body.get("variant")]))
-    embodiment = embodiment or str(dataset.info.get("robot_type") or dataset.name)
+    embodiment = body.get("name") or str(dataset.info.get("robot_type") or dataset.name)
     conventions = manifest.get("conventions", {})
     action = conventions.get("action", "as recorded")
     gripper = conventions.get("gripper_action")
-    if gripper:
+    if isinstance(gripper, Mapping):
         action += ", gripper " + " ".join(f"{name} {value:g}" for name, value in sorted(gripper.items()))
     dims = "x".join(str(d) for d in dataset.features.get("action", {}).get("shape", []))
     return embodiment, f"{action}, {dims} numbers", dataset.fps

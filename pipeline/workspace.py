@@ -9,6 +9,7 @@ dpipe.toml           optional
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -25,8 +26,26 @@ class Workspace:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def raw(self, source: str) -> Path:
-        configured = self.settings.get("sources", {}).get(source, {}).get("raw")
+        configured = self._source(source).get("raw")
         return self.root / configured if configured else self.root / "raw" / source
+
+    def own_sources(self) -> list[str]:
+        """Sources that dpipe.toml adds: [sources.<name>] with a converter of one's own, or a map."""
+        sources = self.settings.get("sources", {})
+        return [name for name in sources if self.converter(name) or self.map(name)]
+
+    def converter(self, source: str) -> Path | None:
+        """[sources.<source>] converter = "my_lab.py": a converter outside the project."""
+        configured = self._source(source).get("converter")
+        return self.root / configured if configured else None
+
+    def map(self, source: str) -> Path | None:
+        """[sources.<source>] map = "map.toml": HDF5 files of one's own."""
+        configured = self._source(source).get("map")
+        return self.root / configured if configured else None
+
+    def _source(self, source: str) -> Mapping[str, Any]:
+        return self.settings.get("sources", {}).get(source, {})
 
     def dataset(self, name: str, form: str = "lerobot") -> Path:
         return self.root / form / (f"{name}.zarr" if form == "zarr" else name)
@@ -44,8 +63,10 @@ class Workspace:
             return []
         return sorted(p for p in folder.iterdir() if (p / "meta").is_dir() or (p / "dpipe").is_dir())
 
-    def sources_with_raw(self, sources: list[str]) -> list[str]:
-        return [source for source in sources if self.raw(source).is_dir()]
+    def sources_made(self) -> set[str]:
+        """Sources of which the workspace holds a finished dataset, under whatever name."""
+        manifests = [root / "dpipe" / "manifest.json" for root in self.datasets()]
+        return {json.loads(path.read_text()).get("source", "") for path in manifests if path.is_file()}
 
     def find_dataset(self, name_or_folder: str) -> Path:
         """A dataset by name in this workspace, or by folder; UsageError listing what there is."""

@@ -102,14 +102,23 @@ def train(
     torch.manual_seed(chosen.seed)
     model = made.build(resolved, space, facts)
     made.start(model, folders)
-    spec = made.spec(resolved, space)
+    spec = made.spec(resolved, space, facts)
+    episodes = _episodes(made, resolved, dataset, split)
     resumed = load_checkpoint(run_dir / "checkpoints") is not None
     begin = time.monotonic()
 
     def open_batches(phase: Phase, rank: int, world: int) -> "SupervisedBatches":
         share = chosen.batch_size // (world * chosen.accumulate)
         stream = open_stream(
-            dataset, spec, split, share, seed=chosen.seed, rank=rank, world=world, frames=frames
+            dataset,
+            spec,
+            split,
+            share,
+            seed=chosen.seed,
+            rank=rank,
+            world=world,
+            frames=frames,
+            episodes=episodes,
         )
         return SupervisedBatches(stream.endless(), supervision)
 
@@ -189,8 +198,9 @@ def space_of(dataset: Dataset, targets: Mapping[str, TargetFolder] | None = None
         )
     names = dataset.names("action")
     conventions = (dataset.manifest or {}).get("conventions", {})
-    gripper = conventions.get("gripper_action") or {}
-    means = next((word for word, value in gripper.items() if value == 1), "")
+    gripper = conventions.get("gripper_action")
+    meanings = gripper if isinstance(gripper, Mapping) else {}  # hands have none, and say so in words
+    means = next((word for word, value in meanings.items() if value == 1), "")
     state = {name: np.asarray(dataset.stats[STATE][name], np.float64).reshape(-1) for name in ("mean", "std")}
     return Space(
         cameras=tuple(name for name in dataset.cameras if name.startswith(IMAGE)),
@@ -221,6 +231,18 @@ def _targets(recipe: Recipe, config: Any, dataset: Dataset, folder: Path | None)
     stages = {text.partition(":")[0] for text in requests}
     expect = {stage: {"fps": dataset.fps} for stage in stages}
     return open_targets(dataset, requests, horizon, folder, expect)
+
+
+def _episodes(recipe: Recipe, config: Any, dataset: Dataset, split: str) -> "np.ndarray | None":
+    """Episode numbers of the split that the recipe trains on; None where it takes them all."""
+    if recipe.episodes is None:
+        return None
+    every = np.array(dataset.episodes_in(split), dtype=np.int64)
+    contents = dataset.contents()
+    wanted = np.array(recipe.episodes(config, [contents[e] for e in every]), dtype=bool)
+    if not wanted.any():
+        raise UsageError(f"no episode of {dataset.root}, split '{split}', is left to train on")
+    return None if wanted.all() else every[wanted]
 
 
 def dataset_digest(dataset: Dataset) -> dict[str, Any]:
@@ -316,6 +338,7 @@ class Trained:
     recipe: Recipe
     config: Any
     space: Space
+    facts: Mapping[str, Any]
     model: Any
     provenance: Mapping[str, Any]
     step: int
@@ -342,4 +365,4 @@ def open_run(run_dir: Path, device: str = "cpu", averaged: bool = True) -> Train
     model.load_state_dict(load_file(weights))
     if hasattr(model, "restore"):
         model.restore(saved.state["progress"])
-    return Trained(recipe, config, space, model.to(device).eval(), provenance, saved.step)
+    return Trained(recipe, config, space, terms["facts"], model.to(device).eval(), provenance, saved.step)
