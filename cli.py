@@ -883,7 +883,9 @@ def doctor(
         path = space.dataset(given) if space.dataset(given).is_dir() else Path(given)
         if fix:
             done = mend(path, out or fixed_folder(path))
-            click.echo(f"{path.name}: rebuilt {', '.join(done.changed) or 'nothing'} in {done.root}", err=True)
+            click.echo(
+                f"{path.name}: rebuilt {', '.join(done.changed) or 'nothing'} in {done.root}", err=True
+            )
             path = done.root
         reports.append(examine(path, level, source))
         if not as_json:

@@ -414,7 +414,7 @@ class ImageRows:
                 if image.mode not in ("RGB", "RGBA", "L", "P", "1"):
                     raise DataError(f"{where}: a picture of mode {image.mode}, expected 8-bit colour or grey")
                 return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{where}: the picture cannot be decoded: {first_line(error)}") from error
 
     def _beside(self, relative: str) -> Path:
