@@ -710,6 +710,8 @@ def train(
         raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
     root = next(iter(group.datasets))
     missing = _missing_targets(space, root, recipe, given)
+    if frames in ("auto", "jpeg") and _wants_shards(root):
+        missing["shards"] = {}
     run_dir = space.run(recipe, name or root.name)
     if missing:
         click.echo(f"first: dpipe precompute {' '.join(missing)} --dataset {root.name}", err=True)
@@ -744,6 +746,16 @@ def train(
     _result(
         facts | {"checkpoint": str(result.checkpoint)}, f"{result.message}\n  run: {result.run_dir}", as_json
     )
+
+
+def _wants_shards(root: Path) -> bool:
+    """Whether training would decode video for every batch although shards could be written beside it."""
+    from .streams.dataset import open_dataset
+    from .streams.shards import find_shards
+
+    dataset = open_dataset(root)
+    ours = dataset.manifest is not None and os.access(root / "dpipe", os.W_OK)
+    return ours and bool(dataset.cameras) and find_shards(dataset, dataset.cameras) is None
 
 
 def _missing_targets(
