@@ -27,7 +27,10 @@ import h5py
 import numpy as np
 from measure import Goal, Rounds, report
 
-SAMPLE = Path(os.environ.get("DPIPE_SAMPLE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "libero"
+SAMPLE = (
+    Path(os.environ.get("DPIPE_SAMPLE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    / "libero"
+)
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
 WORKERS = len(os.sched_getaffinity(0))
 

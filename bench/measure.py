@@ -62,18 +62,25 @@ class Rounds:
         return Goal(goal, statistics.median(each), least, (min(each), max(each)))
 
 
-def report(name: str, goals: list[Goal], rounds: Rounds, unit: str, facts: dict[str, object] | None = None) -> int:
+def report(
+    name: str, goals: list[Goal], rounds: Rounds, unit: str, facts: dict[str, object] | None = None
+) -> int:
     """Print a table and the goals on the last line, keep both under bench/out; exit code 1 if a goal is missed."""
     print(f"\n{name} on {machine()}")
     for contender, values in rounds.values.items():
-        print(f"  {contender:40s} {statistics.median(values):12,.1f} {unit}  ({min(values):,.1f} to {max(values):,.1f})")
+        print(
+            f"  {contender:40s} {statistics.median(values):12,.1f} {unit}  ({min(values):,.1f} to {max(values):,.1f})"
+        )
     OUT.mkdir(exist_ok=True)
     result = {
         "name": name,
         "machine": machine(),
         "unit": unit,
         "values": rounds.values,
-        "goals": [{"name": g.name, "value": g.value, "least": g.least, "spread": g.spread, "met": g.met} for g in goals],
+        "goals": [
+            {"name": g.name, "value": g.value, "least": g.least, "spread": g.spread, "met": g.met}
+            for g in goals
+        ],
         "facts": facts or {},
         "versions": versions(),
         "when": time.strftime("%Y-%m-%d"),
