@@ -45,9 +45,8 @@ def _benchmark(result: dict) -> list[str]:
     for goal in result["goals"]:
         low, high = goal["spread"]
         around = f" ({low:.2f} to {high:.2f})" if high else ""
-        lines.append(
-            f"| {goal['name']} | {goal['value']:.2f}{around} | {goal['least']:g} | {'met' if goal['met'] else 'missed'} |"
-        )
+        outcome = "met" if goal["met"] else "missed"
+        lines.append(f"| {goal['name']} | {goal['value']:.2f}{around} | {goal['least']:g} | {outcome} |")
     lines += ["", f"| measured ({result['unit']}) | median | range |", "|---|---|---|"]
     for name, values in result["values"].items():
         lines.append(
