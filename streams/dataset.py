@@ -145,6 +145,15 @@ class Dataset:
         )
 
     @property
+    def sidecar(self) -> dict[str, dict[str, Any]]:
+        """Columns dpipe keeps beside the dataset, described as in info.json; {} where it is not ours."""
+        told = (self.manifest or {}).get("embodiment", {}).get("sidecar", {})
+        return {
+            name: {"dtype": each["dtype"], "shape": [len(each["names"])], "names": each["names"]}
+            for name, each in told.items()
+        }
+
+    @property
     def total_frames(self) -> int:
         return int(self.episodes.length.sum())
 
@@ -222,16 +231,24 @@ class Dataset:
             first = int(self.episodes.first_row[chosen[run.start]])
             last = chosen[run.stop - 1]
             rows = range(first, int(self.episodes.first_row[last] + self.episodes.length[last]))
-            table = self._read_rows(path, rows, wanted)
-            for name in wanted:
-                blocks[name].append(_to_numpy(table.column(name), self.features[name], f"'{name}' in {path}"))
+            beside = [name for name in wanted if name not in self.features]
+            for place, group in (
+                (path, [name for name in wanted if name in self.features]),
+                (self.sidecar_path(int(chosen[run.start])), beside),
+            ):
+                if not group:
+                    continue
+                table = self._read_rows(place, rows, group)
+                for name in group:
+                    told = self._feature(name)
+                    blocks[name].append(_to_numpy(table.column(name), told, f"'{name}' in {place}"))
         return {
             name: (
                 found[0]
                 if len(found) == 1
                 else np.concatenate(found)
                 if found
-                else _empty(self.features[name])
+                else _empty(self._feature(name))
             )
             for name, found in blocks.items()
         }
@@ -240,6 +257,11 @@ class Dataset:
         template = self.info.get("data_path") or "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
         chunk, file = int(self.episodes.data_chunk[episode]), int(self.episodes.data_file[episode])
         return self.root / template.format(chunk_index=chunk, file_index=file)
+
+    def sidecar_path(self, episode: int) -> Path:
+        """Where dpipe keeps the columns beside an episode's data: the same rows, in a file of the same number."""
+        chunk, file = int(self.episodes.data_chunk[episode]), int(self.episodes.data_file[episode])
+        return self.root / OWN_FOLDER / f"columns/chunk-{chunk:03d}/file-{file:03d}.parquet"
 
     def _read_rows(self, path: Path, rows: range, names: Sequence[str]) -> pa.Table:
         table = self._table(path)
@@ -372,9 +394,10 @@ class Dataset:
         return contents_digest(self.contents())
 
     def _feature(self, name: str) -> dict[str, Any]:
-        if name not in self.features:
-            raise unknown_name(f"column of {self.root}", name, self.features)
-        return self.features[name]
+        found = self.features.get(name) or self.sidecar.get(name)
+        if found is None:
+            raise unknown_name(f"column of {self.root}", name, [*self.features, *self.sidecar])
+        return found
 
 
 def episode_content(columns: Mapping[str, NDArray[Any]], frames: int) -> str:

@@ -114,8 +114,8 @@ class DatasetRows:
         self.__init__(**state)
 
     def columns(self) -> tuple[str, ...]:
-        features = self.dataset.features
-        return tuple(name for name in features if name not in self.dataset.cameras)
+        names = (*self.dataset.features, *self.dataset.sidecar)
+        return tuple(name for name in names if name not in self.dataset.cameras)
 
     def cameras(self) -> tuple[str, ...]:
         return self.dataset.cameras
@@ -223,13 +223,13 @@ class DatasetRows:
 
 
 class SplitRows:
-    """Columns from shards, frames from the dataset: shards made without pictures."""
+    """Shards, and the dataset for what they lack: `pictures` is whichever of the two has the frames."""
 
-    def __init__(self, numbers: RowReader, pictures: RowReader):
-        self.numbers, self.pictures = numbers, pictures
+    def __init__(self, numbers: RowReader, rest: RowReader, pictures: RowReader):
+        self.numbers, self.rest, self.pictures = numbers, rest, pictures
 
     def columns(self) -> tuple[str, ...]:
-        return self.numbers.columns()
+        return tuple(dict.fromkeys((*self.numbers.columns(), *self.rest.columns())))
 
     def cameras(self) -> tuple[str, ...]:
         return self.pictures.cameras()
@@ -238,7 +238,11 @@ class SplitRows:
         return self.pictures.size(camera)
 
     def values(self, names: Iterable[str], rows: Rows) -> dict[str, NDArray[Any]]:
-        return self.numbers.values(names, rows)
+        here = set(self.numbers.columns())
+        wanted = list(names)
+        found = self.numbers.values([name for name in wanted if name in here], rows)
+        missing = [name for name in wanted if name not in here]
+        return found | (self.rest.values(missing, rows) if missing else {})
 
     def frames(self, camera: str, rows: Rows, out: NDArray[np.uint8], health: Health) -> None:
         self.pictures.frames(camera, rows, out, health)

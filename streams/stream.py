@@ -434,10 +434,7 @@ class Source:
 
     def _check(self, spec: StreamSpec) -> None:
         columns = self.rows.columns()
-        needed = [*spec.columns, *spec.chunks, *spec.normalise]
-        if spec.actions != "stored":
-            needed.append(spec.reference)
-        for name in needed:
+        for name in _columns_read(spec):
             if name not in columns:
                 raise unknown_name(f"column of {self.dataset.root}", name, columns)
         for camera in self.cameras:
@@ -684,15 +681,19 @@ def _open_rows(
         return opened, DatasetRows(opened, fit, keep)
     rows = ShardRows(folder, fit)
     check_source(rows, opened)
-    if frames != "video" and set(opened.cameras if spec.cameras is None else spec.cameras) <= set(
-        rows.cameras()
-    ):
+    own = DatasetRows(opened, fit, keep)
+    cameras = set(opened.cameras if spec.cameras is None else spec.cameras)
+    has_pictures = frames != "video" and cameras <= set(rows.cameras())
+    if frames == "jpeg" and not has_pictures:
+        raise unknown_name(f"camera of {folder}", min(cameras - set(rows.cameras())), rows.cameras())
+    if has_pictures and set(_columns_read(spec)) <= set(rows.columns()):
         return opened, rows
-    if frames == "jpeg":
-        raise unknown_name(
-            f"camera of {folder}", min(set(spec.cameras or ()) - set(rows.cameras())), rows.cameras()
-        )
-    return opened, SplitRows(rows, DatasetRows(opened, fit, keep))
+    return opened, SplitRows(rows, own, rows if has_pictures else own)
+
+
+def _columns_read(spec: StreamSpec) -> list[str]:
+    reference = [spec.reference] if spec.actions != "stored" else []
+    return [*spec.columns, *spec.chunks, *spec.normalise, *reference]
 
 
 def cores() -> int:

@@ -395,3 +395,21 @@ def test_a_dataset_of_lerobots_recorder_reads_as_lerobot_reads_it(tmp_path: Path
         assert item["task"] == ours.tasks[columns["task_index"][i]]
         difference = item["observation.images.top"].permute(1, 2, 0).numpy() * 255 - frames[i]
         assert np.abs(difference).mean() < 1
+
+
+def test_columns_beside_the_data_are_read_like_the_others(tmp_path: Path):
+    root = write_dataset(tmp_path / "a", LENGTHS, kind="none")
+    beside = {"joint_pos": {"dtype": "float32", "names": ["a", "b"]}}
+    _manifest(root, embodiment={"sidecar": beside})
+    folder = root / "dpipe/columns/chunk-000"
+    folder.mkdir(parents=True)
+    for file, rows in enumerate((12, 3)):
+        values = np.arange(rows * 2, dtype=np.float32) + 100 * file
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values), 2)
+        pq.write_table(pa.table({"joint_pos": column}), folder / f"file-{file:03d}.parquet")
+    dataset = open_dataset(root)
+    assert dataset.names("joint_pos") == ("a", "b")
+    assert "joint_pos" not in dataset.vectors
+    columns = dataset.all_columns(["joint_pos", "index"], [2, 1])
+    assert columns["joint_pos"][[0, 3]].tolist() == [[100, 101], [10, 11]]
+    assert columns["index"].tolist() == [12, 13, 14, 5, 6, 7, 8, 9, 10, 11]
