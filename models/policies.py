@@ -195,6 +195,13 @@ class PolicyConfig:
     image_size: int = 64
     points: int = 8
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> "PolicyConfig":
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in told.items()
+        }
+        return cls(**fields)
+
 
 class EmbeddedPolicy(nn.Module):
     """The network of the teacher and of the anchor; see the module text."""
@@ -258,10 +265,7 @@ class _Opened:
                 f"{path}: expected an embedded {kind} of version {POLICY_VERSION}, "
                 f"found {told.get('config', {}).get('kind')} of version {told.get('policy')}"
             )
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in told["config"].items()
-        }
-        config = PolicyConfig(**fields)
+        config = PolicyConfig.from_json(told["config"])
         self.network = EmbeddedPolicy(config)
         weights = load_file(folder / "model.safetensors")
         self.network.load_state_dict(weights)

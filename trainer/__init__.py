@@ -15,6 +15,7 @@ RECIPES = {
     "libra": "a planner names coarse action bins, a refiner diffuses the action they stand for",
     "vita": "a vision-language student takes over a small action expert: its hidden states, then its job",
     "dial": "one system foresees features of a frozen tower, the other acts to make them so",
+    "anchorrefine": "a frozen policy proposes a chunk, a small refiner says what it lacks",
     "teacher": "a small policy by imitation, whose hidden states the teacher stage caches",
     "anchor": "a small policy by imitation, whose chunks the residuals stage corrects",
 }

@@ -359,7 +359,7 @@ def _facts(config: Config, targets: Mapping[str, TargetFolder]) -> dict[str, Any
     }
 
 
-def _spec(config: Config, space: Space) -> StreamSpec:
+def _spec(config: Config, space: Space, facts: Mapping[str, Any]) -> StreamSpec:
     size = (config.image_size, config.image_size)
     return StreamSpec(columns=(STATE,), cameras=space.cameras, chunks={"action": config.horizon}, size=size)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.policies import EmbeddedPolicy, PolicyConfig, save_policy
+from ..schemas.folds import seen_in_training
 from ..streams.stream import StreamSpec
 from .draws import Draws
 from .loop import Options, Phase
@@ -52,6 +53,8 @@ class AnchorConfig:
     image_size: int = 64
     points: int = 8
     gripper_weight: float = 0.1
+    fold: int = 0  # cross-fitting: leave out this fold
+    folds: int = 1  # of so many (`schemas/folds.py`)
 
 
 class Imitation(nn.Module):
@@ -144,7 +147,7 @@ def _build_anchor(config: AnchorConfig, space: Space, facts: Mapping[str, Any]) 
     return Imitation(_policy_config("anchor", config, space, 1, config.chunk), space, config.gripper_weight)
 
 
-def _spec(config: TeacherConfig | AnchorConfig, space: Space) -> StreamSpec:
+def _spec(config: TeacherConfig | AnchorConfig, space: Space, facts: Mapping[str, Any]) -> StreamSpec:
     window, queries = (
         (config.window, config.queries) if isinstance(config, TeacherConfig) else (1, config.chunk)
     )
@@ -163,6 +166,7 @@ def _export(model: Imitation, run_dir: Path, terms: Mapping[str, Any]) -> None:
         "seed": terms["options"]["seed"],
         "options": terms["options"],
         "gripper_weight": model.gripper_weight,
+        "fold": [terms["config"].get("fold", 0), terms["config"].get("folds", 1)],
         "threads": torch.get_num_threads(),
         "dataset": terms["dataset"]["digest"],
         "split": terms["split"],
@@ -184,6 +188,7 @@ TEACHER = Recipe(
 ANCHOR = Recipe(
     name="anchor",
     config=AnchorConfig,
+    episodes=lambda config, contents: seen_in_training(contents, config.fold, config.folds),
     targets=lambda config: ([], 0),
     spec=_spec,
     build=_build_anchor,

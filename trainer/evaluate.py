@@ -155,7 +155,7 @@ def _condition(blind: bool, language: bool, options: Mapping[str, Any]) -> str:
 
 def frame_size(trained: Trained) -> tuple[int, int] | None:
     """(height, width) the stream fitted frames to in training."""
-    return trained.recipe.spec(trained.config, trained.space).size
+    return trained.recipe.spec(trained.config, trained.space, trained.facts).size
 
 
 # -- between simulator and policy -------------------------------------------------------------------------

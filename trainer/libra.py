@@ -430,7 +430,7 @@ class LibraPolicy:
 # -- how `train` and `evaluate` know it -------------------------------------------------------------------
 
 
-def _spec(config: Config, space: Space) -> StreamSpec:
+def _spec(config: Config, space: Space, facts: Mapping[str, Any]) -> StreamSpec:
     """M observed frames H apart (frame 0 plans, each may refine), L actions."""
     offsets = tuple(config.chunk * m for m in range(config.slices))
     size = (config.image_size, config.image_size)

@@ -1,7 +1,7 @@
 """What a recipe is: the one value by which `train`, `evaluate` and the command line know it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -28,8 +28,9 @@ class Recipe:
     """Functions of a recipe's own `config` (a frozen dataclass whose every field has a default).
 
     targets    requests for `open_targets`, and the horizon they are chunked to
-    spec       what the stream shows
     facts      what must be known of the targets to build the model (widths, scales): JSON, kept with the run
+    spec       what the stream shows, from config, space and facts
+    episodes   which of the dataset's episodes to train on, from their content digests; None: all of the split
     build      config, space and facts -> an Objective (see `loop.py`), from nothing but these
     start      weights taken over from beside the targets, once, before the first step
     phases     the stretches `steps` are divided into
@@ -40,7 +41,7 @@ class Recipe:
     name: str
     config: type
     targets: Callable[[Any], tuple[list[str], int]]
-    spec: Callable[[Any, Space], StreamSpec]
+    spec: Callable[[Any, Space, Mapping[str, Any]], StreamSpec]
     build: Callable[[Any, Space, Mapping[str, Any]], Any]
     phases: Callable[[Any, int], list[Phase]]
     policy: Callable[[Any, int], Policy]
@@ -48,6 +49,7 @@ class Recipe:
     options: Options = field(default_factory=Options)
     facts: Callable[[Any, Mapping[str, TargetFolder]], dict[str, Any]] = lambda config, targets: {}
     start: Callable[[Any, Mapping[str, TargetFolder]], None] = lambda model, targets: None
+    episodes: Callable[[Any, Sequence[str]], Sequence[bool]] | None = None
     finish: Callable[[Any, Path, Mapping[str, Any]], None] = lambda model, run_dir, terms: None
 
 

@@ -191,7 +191,7 @@ class VitaPolicy:
         return self.actions.popleft()
 
 
-def _spec(config: Config, space: Space) -> StreamSpec:
+def _spec(config: Config, space: Space, facts: Mapping[str, Any]) -> StreamSpec:
     size = (config.image_size, config.image_size)
     return StreamSpec(columns=(STATE,), cameras=space.cameras, chunks={"action": 3}, size=size)
 
