@@ -55,3 +55,22 @@ def stratified(seeds: Seeds, strata: int) -> NDArray[np.float64]:
     """Seeds [...] -> [..., k] times in [0, 1), one in each k-th, in an order of the seed's own."""
     order = np.argsort(random_bits(seeds, 2 * strata)[..., strata:], axis=-1, kind="stable")
     return (order + uniform(seeds, strata)) / strata
+
+
+def flow_noise(seeds: Seeds, steps: int, dims: int) -> NDArray[np.float32]:
+    """The noise of action chunks, [..., H, A], from the seeds a cache kept."""
+    return normal(seeds, steps * dims).reshape(*np.shape(seeds), steps, dims)
+
+
+def shifted_sigma(u: NDArray[np.floating], shift: float = 5.0) -> NDArray[np.float64]:
+    """PFD's noise level: sigma = s u / (1 + (s - 1) u); u = 0.5 gives 2.5 / 3."""
+    wide = np.asarray(u, dtype=np.float64)
+    return shift * wide / (1 + (shift - 1) * wide)
+
+
+def noised(
+    action: NDArray[np.floating], noise: NDArray[np.floating], sigma: NDArray[np.floating]
+) -> NDArray[np.float32]:
+    """x = (1 - sigma) a + sigma eps for chunks [..., H, A] and levels [...]; what is predicted is eps - a."""
+    level = np.asarray(sigma, dtype=np.float64)[..., None, None]
+    return ((1 - level) * action + level * noise).astype(np.float32)

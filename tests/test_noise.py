@@ -2,7 +2,16 @@
 
 import numpy as np
 import pytest
-from dpipe.schemas.noise import frame_seeds, normal, random_bits, stratified, uniform
+from dpipe.schemas.noise import (
+    flow_noise,
+    frame_seeds,
+    noised,
+    normal,
+    random_bits,
+    shifted_sigma,
+    stratified,
+    uniform,
+)
 
 
 def test_the_bits_are_splitmix64s():
@@ -41,3 +50,15 @@ def test_each_stratum_holds_one_time_in_an_order_that_varies():
     assert np.sort((times * 8).astype(int), axis=1).tolist() == [list(range(8))] * 2000
     assert len({tuple(row) for row in (times * 8).astype(int).tolist()}) > 1500
     assert times.mean() == pytest.approx(0.5, abs=0.005)
+
+
+def test_pfds_noise_levels_and_what_lies_at_both_ends():
+    assert shifted_sigma(np.array([0.0, 0.5, 1.0])).tolist() == pytest.approx([0, 2.5 / 3, 1])
+    action = np.full((3, 2, 1), 4.0)
+    noise = flow_noise(np.arange(3, dtype=np.uint64), 2, 1)
+    x = noised(action, noise, np.array([0.0, 0.25, 1.0]))
+    np.testing.assert_array_equal(x[0], action[0])
+    np.testing.assert_allclose(x[1], 0.75 * action[1] + 0.25 * noise[1], rtol=1e-6)
+    np.testing.assert_array_equal(x[2], noise[2])
+    # the velocity eps - a leads from x back to the action: x - sigma v = a
+    np.testing.assert_allclose(x[1] - 0.25 * (noise[1] - action[1]), action[1], atol=1e-6)
