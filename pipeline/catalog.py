@@ -99,12 +99,14 @@ def build_catalog(
 
 
 def missing_raw(converter: Converter, raw: Path) -> DataError:
+    from ..samples import SAMPLERS
+
     state = "the folder is not there" if not raw.exists() else "nothing in it looks like one"
+    sample = f", or make some:  dpipe sample {converter.name}" if converter.name in SAMPLERS else ""
     return DataError(
         f"no {converter.name} recordings in {raw}: {state}\n"
         f"  expected: {converter.expects}\n"
-        f"  next: put them there, name their folder with --raw or in dpipe.toml, or make some:"
-        f"  dpipe sample {converter.name}"
+        f"  next: put them there, or name their folder with --raw or in dpipe.toml{sample}"
     )
 
 

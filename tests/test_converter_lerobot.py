@@ -494,6 +494,24 @@ def test_a_clip_in_a_shared_file_is_known_by_its_own_packets(tmp_path: Path):
     assert other.hexdigest() != digests["ab"]
 
 
+def test_targets_of_a_dataset_that_is_not_ours_lie_beside_it(tmp_path: Path):
+    from dpipe.cli import cli
+
+    raw = write_dataset(tmp_path / "disk/theirs", [20, 20])
+    before = tree_digest(raw)
+    words = ["precompute", "tokens", "--dataset", raw, "--workspace", tmp_path / "space", "--workers", 0]
+    cli.main([str(word) for word in words], standalone_mode=False)
+    assert tree_digest(raw) == before
+    assert list((tmp_path / "space/targets/theirs/tokens").iterdir())
+
+
+def test_a_folder_without_a_dataset_is_not_offered_a_sample_that_does_not_exist(tmp_path: Path):
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(DataError, match="no lerobot recordings") as caught:
+        run_convert(tmp_path / "raw", tmp_path / "out", "lerobot")
+    assert "dpipe sample" not in str(caught.value)
+
+
 def test_the_contract_is_complete():
     converter = load_converter("lerobot")
     assert converter.name == "lerobot" and converter.describe is not None and converter.embodiment is None
