@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.errors import DataError
+from ..schemas.rotations import euler_to_matrix
 from ..streams.dataset import Dataset, open_dataset
 from .progress import Progress
 
@@ -68,24 +69,26 @@ def replay(root: Path, raw: Path, limit: int | None, progress: Progress) -> Repl
     chosen = [e for e in range(len(dataset)) if dataset.episodes.source_id(e) in notes["episodes"]][:limit]
     if not chosen:
         raise DataError(
-            f"no episode of {root} is in {raw / 'tabletop.json'}: replay needs a dataset made from dpipe sample"
+            f"no episode of {root} is in {raw / 'tabletop.json'}: replay needs a dataset made from dpipe sample\n"
+            "  next: for CALVIN, whole recordings:  dpipe convert calvin --cut play --name calvin-play"
         )
     actions, reader = _actions(root)
     distances: dict[str, list[NDArray[np.float64]]] = {control: [] for control in CONTROLS}
     successes = dict.fromkeys(CONTROLS, 0)
-    recorded = 0
+    succeeded = 0
+    world = np.asarray(notes["world_from_tabletop"], np.float64)
     progress.begin("replay", len(chosen))
     for episode in chosen:
         note = notes["episodes"][dataset.episodes.source_id(episode)]
-        recorded += bool(note["success"])
+        succeeded += bool(note["success"])
         rows = range(
             int(dataset.episodes.first_index[episode]),
             int(dataset.episodes.first_index[episode]) + int(dataset.episodes.length[episode]),
         )
         own = _native(actions[rows.start : rows.stop], dataset)
-        seen = dataset.columns(["observation.state"], episode)["observation.state"][:, :3]
+        recorded = dataset.columns(["observation.state"], episode)
         for control in CONTROLS:
-            success, distance = _roll_out(note, notes["fps"], control_actions(own, control), seen)
+            success, distance = _roll_out(note, world, dataset, control_actions(own, control), recorded)
             successes[control] += success
             distances[control].append(distance)
         progress.advance(1, len(rows))
@@ -100,24 +103,28 @@ def replay(root: Path, raw: Path, limit: int | None, progress: Progress) -> Repl
         )
         for control in CONTROLS
     )
-    return ReplayResult(root, reader, recorded, table)
+    return ReplayResult(root, reader, succeeded, table)
 
 
 def control_actions(actions: NDArray[np.float64], control: str) -> NDArray[np.float64]:
-    """[T, 7] actions with one deliberate mistake."""
+    """[T, A] actions, the gripper last, with one deliberate mistake."""
     if control == "pairing one frame late":  # what pairing by the raw file's rows does
         return np.concatenate([actions[1:], actions[-1:]])
     if control == "pairing one frame early":
         return np.concatenate([actions[:1], actions[:-1]])
     if control == "gripper flipped":
         flipped = actions.copy()
-        flipped[:, 6] *= -1
+        flipped[:, -1] *= -1
         return flipped
     return actions
 
 
 def _roll_out(
-    note: Mapping[str, Any], fps: int, actions: NDArray[np.float64], recorded: NDArray[Any]
+    note: Mapping[str, Any],
+    world: NDArray[np.float64],
+    dataset: Dataset,
+    actions: NDArray[np.float64],
+    recorded: Mapping[str, NDArray[Any]],
 ) -> tuple[bool, NDArray[np.float64]]:
     """(success, distances [T] in metres from the recorded hand positions) of one open-loop run."""
     from ..samples.motion import record
@@ -127,25 +134,97 @@ def _roll_out(
     table = Tabletop(note["objects"], image_size=8)
     table.reset(note["seed"])
     seen = table.set_state(motion.states[round(note["start_s"] * FPS)])
-    distance = np.empty(len(recorded))
+    kind = _conventions(dataset)["action"]
+    drive = DRIVES[kind](dataset, world, recorded)
+    hands = _recorded_hands(kind, recorded, world)
+    distance = np.empty(len(hands))
     for t, action in enumerate(actions):
-        distance[t] = np.linalg.norm(seen.ee_pos - recorded[t])
-        seen = table.step(action)
+        distance[t] = np.linalg.norm(seen.ee_pos - hands[t])
+        seen = drive(table, action)
     return table.success, distance
 
 
+def _osc_pose_delta(
+    dataset: Dataset, world: NDArray[np.float64], recorded: Mapping[str, NDArray[Any]]
+) -> Any:
+    """LIBERO: the simulator's own controller."""
+    return lambda table, action: table.step(action)
+
+
+def _ee_pose_delta(dataset: Dataset, world: NDArray[np.float64], recorded: Mapping[str, NDArray[Any]]) -> Any:
+    """CALVIN: each difference is added to the previous target, as its environment does, and held to exactly."""
+    unit = _conventions(dataset)["action_unit"]
+    start = recorded["observation.state"][0].astype(np.float64)
+    target = {"position": start[:3], "euler": start[3:6]}
+    back = np.linalg.inv(world)
+
+    def drive(table: Any, action: NDArray[np.float64]) -> Any:
+        target["position"] = target["position"] + unit["position_m"] * action[:3]
+        target["euler"] = target["euler"] + unit["rotation_rad"] * action[3:6]
+        position = back[:3, :3] @ target["position"] + back[:3, 3]
+        rotation = back[:3, :3] @ euler_to_matrix(target["euler"])
+        return table.follow(position, rotation, action[6], 1 / dataset.fps)
+
+    return drive
+
+
+def _joint_pos_absolute(
+    dataset: Dataset, world: NDArray[np.float64], recorded: Mapping[str, NDArray[Any]]
+) -> Any:
+    """AgiBot: the right arm's joints, which in simulated recordings are the Panda's."""
+    from ..samples.panda import link_frames
+    from ..samples.tabletop import BASE_POSITION
+
+    def drive(table: Any, action: NDArray[np.float64]) -> Any:
+        hand = link_frames(action[:7])[7]
+        return table.follow(hand[:3, 3] + BASE_POSITION, hand[:3, :3], action[7], 1 / dataset.fps)
+
+    return drive
+
+
+DRIVES = {
+    "osc_pose_delta": _osc_pose_delta,
+    "ee_pose_delta": _ee_pose_delta,
+    "joint_pos_absolute": _joint_pos_absolute,
+}
+
+
+def _recorded_hands(
+    kind: str, recorded: Mapping[str, NDArray[Any]], world: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """[T, 3] hand positions of the recording in the tabletop's world."""
+    state = recorded["observation.state"].astype(np.float64)
+    if kind == "joint_pos_absolute":
+        from ..samples.panda import link_frames
+        from ..samples.tabletop import BASE_POSITION
+
+        return np.stack([link_frames(joints)[7, :3, 3] + BASE_POSITION for joints in state[:, 7:14]])
+    back = np.linalg.inv(world)
+    return state[:, :3] @ back[:3, :3].T + back[:3, 3]
+
+
+def _conventions(dataset: Dataset) -> Mapping[str, Any]:
+    return (dataset.manifest or {}).get("conventions", {})
+
+
 def _native(actions: NDArray[Any], dataset: Dataset) -> NDArray[np.float64]:
-    """Actions as the simulator takes them, by the conventions the dataset declares."""
-    conventions = (dataset.manifest or {}).get("conventions", {})
-    if conventions.get("action") != "osc_pose_delta":
+    """Actions as the simulator's robot takes them: arm values, then the gripper with -1 open and +1 close."""
+    conventions = _conventions(dataset)
+    if conventions.get("action") not in DRIVES:
         raise DataError(
-            f"{dataset.root}: replay executes OSC pose deltas, this dataset's action is "
+            f"{dataset.root}: replay executes {', '.join(DRIVES)}; this dataset's action is "
             f"'{conventions.get('action', 'not declared')}'"
         )
-    native = actions.astype(np.float64)
+    names = list(dataset.names("action"))
+    if conventions["action"] == "joint_pos_absolute":
+        arm = [names.index(f"right_arm_joint_{i}") for i in range(1, 8)]
+        gripper = names.index("right_gripper")
+    else:
+        arm, gripper = list(range(6)), 6
     meaning = conventions["gripper_action"]
-    native[:, 6] = np.where(np.isclose(native[:, 6], meaning["close"]), 1.0, -1.0)
-    return native
+    middle = (meaning["open"] + meaning["close"]) / 2
+    closing = (actions[:, gripper] > middle) == (meaning["close"] > middle)
+    return np.concatenate([actions[:, arm].astype(np.float64), np.where(closing, 1.0, -1.0)[:, None]], axis=1)
 
 
 def _actions(root: Path) -> tuple[NDArray[Any], str]:

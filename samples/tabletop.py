@@ -164,7 +164,30 @@ class Tabletop:
         before_pos, before_rot = self._hand_pos.copy(), self._hand_rot.copy()
         held, room = self._held(), self._finger
         self._move_arm(command)
-        self._move_fingers(float(command[6]), held)
+        self._move_fingers(float(command[6]), held, CONTROL_SECONDS)
+        self._touch(before_pos, before_rot, held, room)
+        self._time += CONTROL_SECONDS
+        return self._observe()
+
+    def follow(self, position: Array, rotation: Array, grip: float, seconds: float) -> Observation:
+        """One step of a position-controlled robot: the hand goes straight to a pose in the world.
+
+        What datasets of absolute poses or joints command, at their own rate; `grip` as in `step`.
+        """
+        before_pos, before_rot = self._hand_pos.copy(), self._hand_rot.copy()
+        held, room = self._held(), self._finger
+        before = self._joints
+        self._joints = solve_joints(self._joints, position - BASE_POSITION, rotation, 20)
+        self._joint_vel = (self._joints - before) / seconds
+        self._frames = link_frames(self._joints)
+        self._goal_pos, self._goal_quat = self._hand_pos.copy(), matrix_to_quat_xyzw(self._hand_rot)
+        self._move_fingers(grip, held, seconds)
+        self._touch(before_pos, before_rot, held, room)
+        self._time += seconds
+        return self._observe()
+
+    def _touch(self, before_pos: Array, before_rot: Array, held: int | None, room: float) -> None:
+        """What the hand's last motion does to the objects: carry, let go, shove, grasp, fall."""
         released = held is not None and self._finger > OBJECT_HALF_M + 1e-9
         if held is not None:
             turn = self._hand_rot @ before_rot.T
@@ -178,8 +201,6 @@ class Tabletop:
             self._close_on_object(room)
         self._stop_at_rims(stood, held)
         self._fall(self._held())
-        self._time += CONTROL_SECONDS
-        return self._observe()
 
     @property
     def instruction(self) -> str:
@@ -279,12 +300,13 @@ class Tabletop:
         self._joints = joints
         self._frames = link_frames(joints)
 
-    def _move_fingers(self, command: float, held: int | None) -> None:
+    def _move_fingers(self, command: float, held: int | None, seconds: float) -> None:
         """Only the command's sign counts, and it is integrated, as in robosuite's Panda gripper."""
         before = self._finger
         least = OBJECT_HALF_M if held is not None else 0.0
-        self._finger = min(FINGER_OPEN_M, max(least, before - FINGER_STEP_M * float(np.sign(command))))
-        self._finger_vel = (self._finger - before) / CONTROL_SECONDS
+        travel = FINGER_STEP_M * (seconds / CONTROL_SECONDS) * float(np.sign(command))
+        self._finger = min(FINGER_OPEN_M, max(least, before - travel))
+        self._finger_vel = (self._finger - before) / seconds
 
     def _in_hand(self) -> Array:
         """Object middles in the hand's frame, [N, 3] m: along the pads, across them, out of the hand."""
