@@ -191,7 +191,7 @@ DRIVES = {
 
 def _recorded_hands(
     kind: str, recorded: Mapping[str, NDArray[Any]], world: NDArray[np.float64]
-) -> NDArray[np.float64]:
+) -> NDArray[np.floating[Any]]:
     """[T, 3] hand positions of the recording in the tabletop's world."""
     state = recorded["observation.state"].astype(np.float64)
     if kind == "joint_pos_absolute":
