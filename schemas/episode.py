@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features import CameraFeature, Feature
+from .problems import problems_of
 
 
 class FrameSource(Protocol):
@@ -118,6 +119,7 @@ class Dropped:
             "split": self.split,
             "variant": self.variant,
             "files": list(self.files),
+            "checks": list(problems_of(self.reason)),
             "reason": self.reason,
             "remedy": self.remedy,
         }

@@ -182,9 +182,10 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
     (r"observations are taken", "time-pairing"),
     (r"gripper (action|command)|beyond \[-1, 1\]", "gripper-range"),
     (r"single colour|black", "video-black"),
-    (r"the video has \d+ frames|video .*frames|frames of video", "video-count"),
+    (r"the video has \d+ frames|video .*frames|frames of video|\.mp4 has \d+ frames", "video-count"),
     (
-        r"lengths differ|num_samples|has \d+ frames, transforms|attribute (total|num_demos)|rows? .*expected",
+        r"lengths differ|has \d+ rows|num_samples|has \d+ frames, transforms|"
+        r"attribute (total|num_demos)|rows? .*expected",
         "row-count",
     ),
     (r"not the next frame's pose|rel_actions other than|disagree|is not 'ee_pos' followed", "contradiction"),
@@ -208,11 +209,21 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
 _PATTERNS = tuple((re.compile(pattern, re.IGNORECASE), name) for pattern, name in _SENTENCES)
 
 
+def sentences_of(reason: str) -> list[str]:
+    """The sentences of a converter's reason: its first line, parted at semicolons; what merely explains stays on."""
+    sentences: list[str] = []
+    for part in (reason.splitlines() or [""])[0].split("; "):
+        if sentences and part.startswith(("refused", "found:", "expected", "use ", "fetch ", "--")):
+            sentences[-1] += f"; {part}"
+        elif part.strip():
+            sentences.append(part)
+    return sentences
+
+
 def problems_of(reason: str) -> tuple[str, ...]:
-    """The names in a converter's reason: one a sentence, sentences being parted by semicolons."""
-    names = [_problem_of(sentence) for sentence in reason.split("; ") if sentence.strip()]
-    return tuple(dict.fromkeys(names)) or ("other",)
+    """The names in a converter's reason, one a sentence."""
+    return tuple(dict.fromkeys(problem_of(sentence) for sentence in sentences_of(reason))) or ("other",)
 
 
-def _problem_of(sentence: str) -> str:
+def problem_of(sentence: str) -> str:
     return next((name for pattern, name in _PATTERNS if pattern.search(sentence)), "other")

@@ -31,6 +31,14 @@ from .recording import ACTION, STATE, EpisodeRows, Gathered
 from .subject import Block, Place, Subject
 from .videos import VideoFile, open_video_file
 
+# What a problem of numbering makes of the statistics of its column: nothing new.
+NUMBERED = {
+    "index": "index",
+    "episode-index": "episode_index",
+    "frame-index": "frame_index",
+    "timestamp": "timestamp",
+    "task-index": "task_index",
+}
 SUSPECTS = 2  # episodes of the fewest bytes a frame, looked at beside those evenly spread
 
 
@@ -46,11 +54,12 @@ def examine_dataset(root: Path, level: Level) -> Report:
         return report
     gathered = _examine_rows(subject, examination)
     examination.look(ALL, gathered, "meta")
-    videos = _examine_videos(subject, examination, gathered)
+    states = _States(subject)
+    videos = _examine_videos(subject, examination, states)
     for path in set(subject.broken) - told:
         if path.exists() and not _reported(report, subject.name_of(path)):
             examination.note("unreadable", Found(subject.name_of(path), subject.broken[path]))
-    _examine_pictures(subject, examination, videos)
+    _examine_pictures(subject, examination, videos, states)
     return report
 
 
@@ -70,8 +79,17 @@ def _examine_rows(subject: Subject, examination: Examination) -> Gathered:
     for place in subject.data_places:
         block = subject.block(place)
         if block is None:
+            gathered.rows_are_whole = False
             continue
+        before = dict(examination.report.counts)
         examination.look(ROWS, block, block.where)
+        changed = {
+            name for (name, _), n in examination.report.counts.items() if n != before.get((name, _), 0)
+        }
+        gathered.doubtful |= {column for problem, column in NUMBERED.items() if problem in changed}
+        gathered.doubtful |= {name for name, _ in block.troubles}
+        gathered.doubtful |= {name for name in subject.vectors if name not in block.columns}
+        gathered.rows_are_whole &= block.agrees
         for episode in episodes_of(block):
             examination.look(EPISODE, episode, episode.where)
             gathered.add(episode)
@@ -99,27 +117,27 @@ def episodes_of(block: Block) -> Iterator[EpisodeRows]:
 
 
 def _examine_videos(
-    subject: Subject, examination: Examination, gathered: Gathered
+    subject: Subject, examination: Examination, states: _States
 ) -> dict[str, list[VideoFile]]:
-    contents = gathered.content if len(gathered.content) == len(subject) else []
     opened: dict[str, list[VideoFile]] = {}
     for camera in subject.videos:
         seen: dict[bytes, int] = {}
         for place in subject.video_places(camera):
-            video = open_video_file(subject, camera, place, seen, contents)
+            video = open_video_file(subject, camera, place, seen, states.of)
             if video is not None:
                 examination.look(VIDEO, video, video.where)
                 opened.setdefault(camera, []).append(video)
     return opened
 
 
-def _examine_pictures(subject: Subject, examination: Examination, videos: dict[str, list[VideoFile]]) -> None:
+def _examine_pictures(
+    subject: Subject, examination: Examination, videos: dict[str, list[VideoFile]], states: _States
+) -> None:
     """Decode: everything, or stretches of episodes evenly spread and of those whose samples are smallest."""
     seen = Seen()
     # One set of stretches for all cameras, so that they can be compared.
     suspects = sorted({e for camera in videos for e in _thinnest(subject, videos[camera])})
     spans = choose_spans(subject.lengths, subject.level, suspects)
-    states = _States(subject)
     for camera in subject.cameras:
         for e, span, read in _readers(subject, camera, videos.get(camera, []), spans):
             where = f"episode {e}"

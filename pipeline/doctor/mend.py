@@ -138,8 +138,12 @@ def _tables(root: Path) -> list[Path]:
 
 
 def _bytes(path: Path) -> bytes:
+    """What tells whether a file was rewritten: its bytes, or for a large one its size and time."""
+    if not path.is_file():
+        return b""
+    status = path.stat()
     return (
-        path.read_bytes() if path.is_file() and path.stat().st_size < 1 << 26 else str(path.stat()).encode()
+        path.read_bytes() if status.st_size < 1 << 26 else f"{status.st_size} {status.st_mtime_ns}".encode()
     )
 
 
@@ -151,8 +155,6 @@ def _rebuild(subject: Subject, target: Path) -> None:
     fixed = Subject(target, Level.SAMPLED)
     _rebuild_tasks(subject, target)
     _rebuild_episodes(fixed)
-    statistics = _dataset_statistics(fixed)
-    write_json(target / "meta" / "stats.json", statistics)
     info = dict(subject.info or {})
     info |= {
         "total_episodes": len(subject),
@@ -160,6 +162,7 @@ def _rebuild(subject: Subject, target: Path) -> None:
         "total_tasks": len(subject.tasks),
     }
     write_json(target / "meta" / "info.json", info, indent=4)
+    write_json(target / "meta" / "stats.json", _dataset_statistics(fixed))
 
 
 def _rebuild_rows(block: Block, path: Path) -> None:

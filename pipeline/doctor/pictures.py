@@ -26,7 +26,8 @@ FROZEN_LEVELS = 0.3  # mean difference between two codings of one picture
 MOVING_LEVELS = 0.6  # mean difference from frame to frame of a camera that sees something move
 STILL_SECONDS = 0.5
 LAG_REACH = 10
-SHORTEST_CLIP = 24
+MOST_MOVING = 8  # state dimensions whose speed is set against the pictures
+SHORTEST_CLIP = 40
 SHORTEST_STILL = 8  # frames from which a stretch says something about standing still
 
 Reader = Callable[[int, int], NDArray[np.uint8]]  # frames [start, stop) of an episode
@@ -188,7 +189,8 @@ def the_camera_does_not_stop(clip: Clip) -> Findings:
     if not len(differences) or np.median(differences) < MOVING_LEVELS / 2 or clip.spread.max() < ONE_COLOUR:
         return
     for first, stop in still_runs(differences):
-        if stop - first >= max(8, STILL_SECONDS * clip.fps) and clip.moves(first, stop):
+        dark = clip.spread[first:stop].max() < ONE_COLOUR
+        if not dark and stop - first >= max(8, STILL_SECONDS * clip.fps) and clip.moves(first, stop):
             yield Found(
                 f"{clip.place}, frame {clip.start + first}",
                 f"one picture for {stop - first} frames, while the state moves",
@@ -258,13 +260,17 @@ def pictures_move_when_the_state_moves(seen: Seen) -> Findings:
         if not curves:
             continue
         pooled = LagCurve("delta", np.mean([curve.values for _, curve in curves], axis=0))
-        if pooled.clear and abs(pooled.peak) >= 3 and pooled.at(pooled.peak) - pooled.at(0) > 0.2:
+        together = sum(abs(curve.peak - pooled.peak) <= 1 for _, curve in curves)
+        far = abs(pooled.peak) >= 3 and pooled.at(pooled.peak) - pooled.at(0) > 0.2
+        if pooled.clear and far and together >= max(3, len(curves) * 2 / 3):
             yield Found(camera, f"{_told(pooled.peak, 0)} (correlation {pooled.at(pooled.peak):.2f})", WARN)
         for glimpse, own in curves if len(curves) > 2 else []:
             others = LagCurve("delta", np.mean([c.values for g, c in curves if g is not glimpse], axis=0))
-            if not own.clear or not others.clear or abs(own.peak - others.peak) < 3:
+            if not own.clear or not others.clear or abs(others.peak) > 2 or abs(own.peak - others.peak) < 3:
                 continue
-            if own.at(own.peak) - own.at(others.peak) > 0.2:
+            # Chance peaks lie anywhere; those of a camera that sees the robot lie together in most episodes.
+            agree = sum(abs(c.peak - others.peak) <= 2 and c.clear for g, c in curves if g is not glimpse)
+            if agree * 2 > len(curves) - 1 and own.at(own.peak) - own.at(others.peak) > 0.2:
                 yield Found(
                     glimpse.place,
                     f"{_told(own.peak, others.peak)} (correlation {own.at(own.peak):.2f}, "
@@ -278,25 +284,35 @@ def _told(lag: int, usual: int) -> str:
 
 
 def motion_curve(clip: Clip) -> LagCurve | None:
-    """Correlation of the state's speed at t with the pictures' change at t + lag; None where little moves."""
+    """How well speeds of the state at t foretell the pictures' change at t + lag; None where little moves."""
     if clip.state is None or len(clip.thin) < SHORTEST_CLIP or clip.total_motion is None:
         return None
     steps = np.abs(np.diff(clip.state, axis=0))
-    moving = clip.total_motion > 1e-3
-    if not moving.any():
-        return None
-    speed = smoothed((steps[:, moving] / clip.total_motion[moving]).sum(axis=1))
+    moving = np.argsort(-steps.std(axis=0) * (clip.total_motion > 1e-3), kind="stable")[:MOST_MOVING]
+    moving = moving[steps[:, moving].std(axis=0) > 1e-9]
     change = smoothed(clip.differences())
-    if speed.std() < 1e-6 or change.std() < 0.05:
+    if not len(moving) or change.std() < 0.05:
         return None
-    reach = min(LAG_REACH, len(speed) // 3)
+    speed = np.stack([smoothed(steps[:, d]) / clip.total_motion[d] for d in moving], axis=1)
+    reach = min(LAG_REACH, len(speed) // 4)
     values = np.zeros(2 * LAG_REACH + 1)
     for lag in range(-reach, reach + 1):
         a = speed[max(0, -lag) : len(speed) - max(0, lag)]
         b = change[max(0, lag) : len(change) - max(0, -lag)]
-        if a.std() > 1e-9 and b.std() > 1e-9:
-            values[lag + LAG_REACH] = max(0.0, float(np.corrcoef(a, b)[0, 1]))
+        values[lag + LAG_REACH] = multiple_correlation(a, b)
     return LagCurve("delta", values)
+
+
+def multiple_correlation(causes: NDArray[np.float64], effect: NDArray[np.float64]) -> float:
+    """How well columns [n, S] together foretell [n]: 0 to 1, less what as many columns of noise would."""
+    n, dims = causes.shape
+    a, b = causes - causes.mean(axis=0), effect - effect.mean()
+    total = float(b @ b)
+    if n <= dims + 2 or total < 1e-12:
+        return 0.0
+    rest = b - a @ np.linalg.lstsq(a, b, rcond=1e-9)[0]
+    adjusted = 1 - (float(rest @ rest) / (n - dims - 1)) / (total / (n - 1))
+    return float(np.sqrt(max(0.0, adjusted)))
 
 
 def smoothed(values: NDArray[Any]) -> NDArray[np.float64]:

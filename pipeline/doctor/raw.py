@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...converters import SOURCES, Converter, load_converter
 from ...schemas.episode import Dropped, Episode, EpisodeRef, VideoClip
 from ...schemas.errors import DataError, DpipeError
-from ...schemas.problems import NOTE, problems_of
+from ...schemas.problems import NOTE, problem_of, sentences_of
 from .checks import ALL, EPISODE, EXPECTED, PICTURES, SEEN, Examination, Found, Level, Report, in_a_line
 from .pictures import Reader, Seen, choose_spans, watch
 from .recording import ACTION, STATE, EpisodeRows, Gathered
@@ -62,7 +62,7 @@ def examine_raw(raw: Path, source: str, level: Level) -> Report:
             else:
                 refs.append(entry)
                 for note in entry.warnings:
-                    examination.note(problems_of(note)[0], Found(entry.source_id, note, NOTE))
+                    examination.note(problem_of(note), Found(entry.source_id, note, NOTE))
     report.episodes, report.frames = len(refs), sum(ref.frames for ref in refs)
     for found in odd_instructions(
         list(dict.fromkeys(ref.instruction for ref in refs if ref.instruction)), str(raw)
@@ -77,14 +77,21 @@ def scanned(converter: Converter, recording: Any, options: Any) -> Sequence[Epis
         return converter.scan(recording, options)
     except (*EXPECTED, DpipeError) as error:
         names = tuple(path.name for path in recording.files)
-        return [Dropped(recording.name, names, in_a_line(error), "look at this file", recording.split)]
+        return [
+            Dropped(
+                recording.name,
+                names,
+                str(error) or type(error).__name__,
+                "look at this file",
+                recording.split,
+            )
+        ]
 
 
 def tell_dropped(dropped: Dropped, examination: Examination) -> None:
     """One finding a sentence of the reason, each under its own name."""
-    for sentence in dropped.reason.split("; "):
-        (name, *_) = problems_of(sentence)
-        examination.note(name, Found(dropped.source_id, " ".join(sentence.split())))
+    for sentence in sentences_of(dropped.reason):
+        examination.note(problem_of(sentence), Found(dropped.source_id, " ".join(sentence.split())))
 
 
 def _name(path: Path, raw: Path) -> str:
@@ -110,7 +117,7 @@ def _examine_episodes(
             try:
                 episode = converter.read(ref, options)
             except (*EXPECTED, DpipeError) as error:
-                tell_dropped(Dropped(ref.source_id, (), in_a_line(error), ""), examination)
+                tell_dropped(Dropped(ref.source_id, (), str(error) or type(error).__name__, ""), examination)
                 continue
             rows = EpisodeRows(
                 where=ref.source_id,

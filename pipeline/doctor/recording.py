@@ -93,6 +93,8 @@ class Gathered:
     grippers: list[Gripper] = field(default_factory=list)
     rows: list[NDArray[np.uint64]] = field(default_factory=list)  # hash of each frame's action and state
     quantiles: dict[str, dict[str, tuple[NDArray[Any], NDArray[Any]]]] = field(default_factory=dict)
+    rows_are_whole: bool = True  # every data file was read, with as many rows as its episodes have
+    doubtful: set[str] = field(default_factory=set)  # columns already found wrong
 
     def add(self, episode: EpisodeRows) -> None:
         number = len(self.where)
@@ -301,7 +303,7 @@ def the_state_is_continuous(gathered: Gathered) -> Findings:
     smooth &= np.array([re.search("rot|angle|euler|quat|gripper|roll|pitch|yaw", n) is None for n in names])
     if len(smooth) != len(span):
         return
-    for e, d in np.argwhere(smooth & (usual > 0) & (largest > 0.5 * span) & (largest > 25 * usual)):
+    for e, d in np.argwhere(smooth & (usual > 0) & (largest > 0.5 * span) & (largest > 8 * usual)):
         yield Found(
             f"{gathered.where[e]}, frame {gathered.largest_at[e][d]}",
             f"observation.state '{names[d]}' steps by {largest[e, d]:.3g}; the usual step is below {usual[d]:.2g}",

@@ -132,12 +132,14 @@ def task_index_is_known(block: Block) -> Findings:
 @check("statistics", ALL, Level.SAMPLED)
 def statistics_are_those_of_the_rows(gathered: Gathered) -> Findings:
     subject = gathered.subject
-    if subject is None or subject.stats is None:
-        return
+    if subject is None or subject.stats is None or not gathered.rows_are_whole:
+        return  # statistics of rows that are not those of the dataset say nothing more
     for name in [*subject.vectors, *(n for n in DEFAULT_FEATURES if n in subject.features)]:
         own = subject.stats.get(name)
         if not isinstance(own, dict) or not any(True for _ in subject.column_blocks(name)):
             continue
+        if name in gathered.doubtful:
+            continue  # the column itself is wrong, and has been told
         # lerobot 0.6.1 does not renumber these when it merges datasets, and nothing is normalised with them
         severity = NOTE if name in NUMBERING and not subject.ours else ""
         for what in _statistics_differ(gathered, subject, name, own):
@@ -195,7 +197,7 @@ def statistics_of_episodes_are_those_of_their_rows(block: Block) -> Findings:
     if not block.agrees:
         return
     for name, column in block.columns.items():
-        if name in NUMBERING or column.dtype.kind not in "fiu" or not len(column):
+        if name in DEFAULT_FEATURES or column.dtype.kind not in "fiu" or not len(column):
             continue  # they follow from the table itself; wrong ones have names of their own
         values = column.astype(np.float64)
         with np.errstate(invalid="ignore"):

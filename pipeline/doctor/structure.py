@@ -343,15 +343,15 @@ def files_are_there(subject: Subject) -> Findings:
             episodes = f"{len(place.episodes)} episodes from {place.episodes[0]}"
             what = "no such file" if size < 0 else "an empty file"
             yield Found(subject.name_of(place.path), f"{what}; expected {episodes}")
-    if subject.cameras and subject.stats is None and not (subject.root / "meta" / "stats.json").is_file():
+    if subject.features and not (subject.root / "meta" / "stats.json").is_file():
         yield Found("meta/stats.json", "no such file: policies cannot normalise", problem="statistics")
 
 
 @check("stray-file", TABLES)
 def no_file_is_unaccounted_for(subject: Subject) -> Findings:
     """Files no table names. lerobot joins every Parquet file two folders below data/, so those are worse."""
-    if not subject.data_places:
-        return
+    if not subject.data_places or not subject.features:
+        return  # which files are named cannot be told
     named = {place.path for place in subject.data_places} | set(subject.episode_files)
     named |= {place.path for camera in subject.videos for place in subject.video_places(camera)}
     named |= {subject.root / "meta" / name for name in ("info.json", "stats.json", "tasks.parquet")}

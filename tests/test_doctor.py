@@ -1,0 +1,344 @@
+"""The doctor beyond single defects: other writers' datasets, the command, mending, and the arithmetic of lags."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from defects import (
+    FAST,
+    FULL,
+    SAMPLED,
+    edit_column,
+    edit_json,
+    edit_table,
+    keep_sound_things_in,
+    scene,
+    sound,
+)
+from dpipe.cli import cli
+from dpipe.pipeline.doctor import examine, report_text
+from dpipe.pipeline.doctor.lags import lag_curve, pool_curves
+from dpipe.pipeline.doctor.mend import mend
+from dpipe.pipeline.doctor.pictures import multiple_correlation
+from dpipe.pipeline.doctor.recording import hash_rows, rotation_error, rotation_groups
+from dpipe.pipeline.doctor.videos import frame_at
+from dpipe.schemas.errors import DataError, UsageError
+from dpipe.schemas.problems import PROBLEMS, problems_of, sentences_of
+from dpipe.streams.dataset import open_dataset
+from small_datasets import write_dataset
+from trees import run_convert, tree_digest
+
+CAMERA = "observation.images.image"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    keep_sound_things_in(tmp_path_factory.mktemp("sound"))
+
+
+def told(path: Path, level=SAMPLED) -> list[str]:
+    return [f"{f.problem} {f.where}: {f.what}" for f in examine(path, level).findings if f.severity != "note"]
+
+
+# --- nothing sound is complained about ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Datasets that lerobot 0.6.1 itself wrote: video, pictures in the rows, streamed, merged."""
+    from lerobot.datasets.aggregate import aggregate_datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    base = tmp_path_factory.mktemp("lerobot")
+    rng = np.random.default_rng(5)
+    for name, settings in {
+        "video": {},
+        "image": {"use_videos": False},
+        "stream": {"streaming_encoding": True},
+    }.items():
+        features = {
+            CAMERA: {
+                "dtype": "image" if name == "image" else "video",
+                "shape": (48, 64, 3),
+                "names": ["height", "width", "channels"],
+            },
+            "observation.state": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "gripper_width"]},
+            "action": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "gripper"]},
+            "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
+            "next.done": {"dtype": "bool", "shape": (1,), "names": None},
+        }
+        made = LeRobotDataset.create(f"local/{name}", fps=10, features=features, root=base / name, **settings)
+        for episode, length in enumerate((34, 29, 41)):
+            path = np.cumsum(rng.normal(0, 0.05, (length + 1, 2)), axis=0)
+            grip = np.where(np.arange(length + 1) < length // 2, 1.0, 0.0)
+            for t in range(length):
+                made.add_frame(
+                    {
+                        CAMERA: scene(t, seed=episode + 7 * len(name)),
+                        "observation.state": np.array([*path[t], 0.08 * grip[t]], np.float32),
+                        "action": np.array([*path[t + 1], grip[t + 1]], np.float32),
+                        "next.reward": np.array([float(t == length - 1)], np.float32),
+                        "next.done": np.array([t == length - 1]),
+                        "task": ("push the block", "open the drawer")[episode % 2],
+                    }
+                )
+            made.save_episode()
+        made.finalize()
+    both = ["local/video", "local/stream"]
+    aggregate_datasets(
+        both, "local/merged", roots=[base / "video", base / "stream"], aggr_root=base / "merged"
+    )
+    return {name: base / name for name in ("video", "image", "stream", "merged")}
+
+
+@pytest.mark.parametrize("name", ["video", "image", "stream", "merged"])
+def test_what_lerobot_writes_is_sound(recorded: dict[str, Path], name: str):
+    for level in (FAST, SAMPLED, FULL):
+        assert told(recorded[name], level) == []
+
+
+def test_real_recordings_are_sound_raw_and_converted(sample_data: Path, tmp_path: Path):
+    for source in ("libero", "calvin"):
+        assert told(sample_data / source) == []
+        run_convert(sample_data / source, tmp_path / source, source)
+        assert told(tmp_path / source) == []
+        assert told(tmp_path / source, FULL) == []
+
+
+def test_actions_beside_their_effect_are_noted_not_blamed_where_that_was_asked_for(tmp_path: Path):
+    """LIBERO's pairing as stored: the recipe says so, so it is a note."""
+    from dpipe.converters import load_converter
+
+    options = load_converter("libero").Options(time_pairing="as-stored")
+    run_convert(sound("raw libero"), tmp_path / "set", options=options)
+    report = examine(tmp_path / "set")
+    assert ("time-pairing", "note") in report.counts and report.problems == set()
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def dpipe(*words: object):
+    return CliRunner().invoke(cli, ["doctor", *map(str, words)])
+
+
+def test_exit_codes_and_json(tmp_path: Path):
+    root = write_dataset(tmp_path / "set", [12, 15], kind="none", stats=False)
+    settled = tmp_path / "settled"
+    assert dpipe(root, "--fix", "--out", settled).exit_code == 0
+    clean = dpipe(settled, "--json")
+    assert clean.exit_code == 0
+    (report,) = json.loads(clean.stdout)
+    assert report["sound"] is True and report["episodes"] == 2 and report["frames"] == 27
+    bad = dpipe(root, "--fast", "--json")
+    assert bad.exit_code == 1
+    (report,) = json.loads(bad.stdout)
+    checks = {finding["check"] for finding in report["findings"]}
+    assert "statistics" in checks and report["sound"] is False
+    assert all(f["why"] and f["remedy"] for f in report["findings"])
+
+
+def test_warnings_fail_only_when_asked(tmp_path: Path):
+    root = tmp_path / "set"
+    mend(write_dataset(tmp_path / "raw", [12, 15], kind="none", tasks=("Pick it up", "pick it up.")), root)
+    assert dpipe(root, "--fast").exit_code == 0
+    strict = dpipe(root, "--fast", "--fail-on", "warn")
+    assert strict.exit_code == 1 and "spelt twice" in strict.stdout and "why:" in strict.stdout
+
+
+def test_words_that_exclude_each_other_are_refused(tmp_path: Path):
+    for words in (["--fast", "--full"], ["--out", tmp_path / "x"]):
+        assert isinstance(dpipe(tmp_path, *words).exception, UsageError)
+    with pytest.raises(UsageError, match="nothing at"):
+        examine(tmp_path / "absent")
+    with pytest.raises(UsageError, match="--source NAME"):
+        examine(tmp_path)
+
+
+def test_targets_and_shards_can_be_asked_about_alone():
+    root = sound("served")
+    (target,) = (root / "dpipe/targets/tokens").iterdir()
+    (shards,) = (root / "dpipe/shards").iterdir()
+    assert examine(target).kind == "targets" and told(target) == []
+    assert examine(shards).kind == "shards" and told(shards) == []
+
+
+def test_raw_recordings_of_every_source_are_told_apart():
+    for source in ("libero", "calvin", "egodex", "agibot"):
+        report = examine(sound(f"raw {source}"), FAST)
+        assert report.kind == f"raw {source} recordings" and report.problems == set()
+
+
+def test_a_thousand_findings_are_counted_not_listed(tmp_path: Path):
+    root = write_dataset(tmp_path / "set", [3] * 40, kind="none", episodes_per_file=1)
+    for path in sorted((root / "data/chunk-000").iterdir()):
+        path.unlink()
+    report = examine(root, FAST)
+    assert report.counts["missing-file", "error"] == 40
+    assert sum(f.problem == "missing-file" for f in report.findings) == 12
+    assert "and 28 more" in report_text(report)
+
+
+# --- mending ------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_follows_from_the_rest_is_rebuilt(tmp_path: Path):
+    import shutil
+
+    root = tmp_path / "set"
+    shutil.copytree(sound("dataset"), root)
+    before = tree_digest(root)
+    for path in sorted((root / "data/chunk-000").iterdir()):
+        edit_column(path, "index", lambda rows: [0] * len(rows))
+        edit_column(path, "episode_index", lambda rows: [e + 1 for e in rows])
+        edit_column(path, "frame_index", lambda rows: [t * 2 for t in rows])
+        edit_column(path, "timestamp", lambda rows: [t + 5 for t in rows])
+    meta = root / "meta/episodes/chunk-000/file-000.parquet"
+    edit_column(meta, "dataset_from_index", lambda rows: [7] * len(rows))
+    edit_column(meta, "dataset_to_index", lambda rows: [8] * len(rows))
+    edit_table(root / "meta/tasks.parquet", lambda table: table.take([1, 0]).replace_schema_metadata(None))
+    edit_json(root / "meta/info.json", lambda info: info.update(total_frames=1, total_episodes=2))
+    (root / "meta/stats.json").unlink()
+    wrong = tree_digest(root)
+    found = examine(root).problems
+    assert {"index", "episode-index", "frame-index", "timestamp", "tasks", "totals", "statistics"} <= found
+    done = mend(root, tmp_path / "mended")
+    assert told(done.root) == []
+    assert tree_digest(root) == wrong, "the dataset itself is not touched"
+    after = tree_digest(done.root)
+    changed = {name for name in before if before[name] != after.get(name)}
+    # What was never wrong is the same byte for byte; what was is equal in content.
+    assert not any(name.startswith(("videos", "dpipe")) for name in changed)
+    a, b = open_dataset(sound("dataset")), open_dataset(done.root)
+    assert a.digest() == b.digest() and a.tasks == b.tasks
+    old = json.loads((sound("dataset") / "meta/stats.json").read_text())
+    new = json.loads((done.root / "meta/stats.json").read_text())
+    assert old["action"] == new["action"] and set(old) == set(new)
+
+
+def test_a_sound_dataset_comes_back_unchanged(tmp_path: Path):
+    done = mend(sound("dataset"), tmp_path / "same")
+    assert done.changed == ()
+    assert tree_digest(done.root) == tree_digest(sound("dataset"))
+
+
+def test_nothing_is_guessed_and_nothing_overwritten(tmp_path: Path):
+    root = write_dataset(tmp_path / "set", [12, 15], kind="none")
+    with pytest.raises(UsageError, match="exists already"):
+        mend(root, tmp_path)
+    with pytest.raises(UsageError, match="inside the dataset"):
+        mend(root, root / "copy")
+    edit_table(root / "data/chunk-000/file-000.parquet", lambda table: table.slice(1))
+    with pytest.raises(DataError, match="without guessing"):
+        mend(root, tmp_path / "mended")
+    assert not (tmp_path / "mended").exists() and not list(tmp_path.glob(".mended*"))
+
+
+def test_videos_are_linked_rather_than_copied(tmp_path: Path):
+    source = tmp_path / "set"
+    import shutil
+
+    shutil.copytree(sound("dataset"), source)
+    done = mend(source, tmp_path / "mended")
+    name = f"videos/{CAMERA}/chunk-000/file-000.mp4"
+    assert (done.root / name).stat().st_ino == (source / name).stat().st_ino
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+def test_every_reason_of_a_converter_has_a_name():
+    """Sentences as converters write them; none may end up as 'other'."""
+    for reason, names in {
+        "lengths differ: actions 12, agentview_rgb 11": ("row-count",),
+        "'actions' is not finite in 3 steps, first at step 2; gripper action takes [0.5], expected only [-1.0, 1.0]": (
+            "not-finite",
+            "gripper-range",
+        ),
+        "the video has 29 frames, the poses 30": ("video-count",),
+        "1 frames missing: 20": ("missing-file",),
+        "the pickle asks for 'os.system', which no index file needs; refused\n  next: get it again": (
+            "refused",
+        ),
+        "a.hdf5: not a readable HDF5 file\n  expected: a complete HDF5 file": ("unreadable",),
+        "transforms/leftHand is no rotation in 1 frames, first at frame 3": ("rotation",),
+    }.items():
+        assert problems_of(reason) == names
+    assert sentences_of("it is a link; refused\n  next: x") == ["it is a link; refused"]
+    assert all(problem.why and problem.remedy for problem in PROBLEMS.values())
+
+
+def test_a_dropped_episode_is_listed_under_the_doctors_names(tmp_path: Path):
+    from raw_libero import demo_arrays, write_raw
+
+    arrays = {i: demo_arrays(12, seed=i) for i in range(2)}
+    arrays[1]["actions"][3, 2] = np.nan
+    raw = write_raw(tmp_path / "raw/libero_goal/put_the_red_cube_in_the_tray_demo.hdf5", arrays).parent.parent
+    result = run_convert(raw, tmp_path / "out")
+    (line,) = (tmp_path / "out/dpipe/dropped.jsonl").read_text().splitlines()
+    assert json.loads(line)["checks"] == ["not-finite"] == list(problems_of(result.dropped[0].reason))
+    assert "not-finite" in examine(raw).problems
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------
+
+
+def test_the_lag_of_a_delayed_action_is_the_delay():
+    rng = np.random.default_rng(0)
+    state = np.cumsum(np.cumsum(rng.normal(size=(80, 2)), axis=0), axis=0)
+    delta = np.diff(state, axis=0, append=state[-1:])  # action[t] takes the state from t to t + 1
+    for delay in (-4, 0, 3):
+        curve = lag_curve(np.roll(delta, delay, axis=0), state, "delta")
+        assert curve is not None and curve.peak == -delay and curve.lead == -delay
+    pose = np.roll(state, -1, axis=0)  # the next pose
+    found = pool_curves([{"absolute": curve} for curve in [lag_curve(pose, state, "absolute")] if curve])
+    assert found is not None and found[1].peak == 1 and found[1].lead == 0
+
+
+def test_nothing_is_concluded_from_short_or_still_episodes():
+    assert lag_curve(np.zeros((10, 2)), np.zeros((10, 2)), "delta") is None
+    assert lag_curve(np.zeros((60, 2)), np.random.default_rng(0).normal(size=(60, 2)), "delta") is None
+
+
+def test_noise_explains_nothing_and_a_cause_everything():
+    rng = np.random.default_rng(1)
+    causes = rng.normal(size=(60, 4))
+    assert multiple_correlation(causes, causes @ [1, 2, 0, -1]) > 0.999
+    chance = [multiple_correlation(rng.normal(size=(60, 4)), rng.normal(size=60)) for _ in range(50)]
+    assert np.median(chance) < 0.2
+
+
+def test_times_find_the_frame_shown_nearest():
+    times = np.arange(5) / 10
+    wanted = np.array([0.0, 0.1, 0.1501, 0.4, 0.5, -0.2])
+    assert frame_at(times, wanted).tolist() == [0, 1, 2, 4, 5, -2]
+
+
+def test_equal_rows_have_equal_hashes_and_others_do_not():
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    values[3] = values[0]
+    hashes = hash_rows([values])
+    assert hashes[0] == hashes[3] and len(set(hashes.tolist())) == 3
+    assert hash_rows([values[:, ::-1]])[0] != hashes[0]
+
+
+def test_rotations_are_told_by_their_names():
+    names = [
+        "x",
+        "left_rot6d_0",
+        *(f"left_rot6d_{i}" for i in range(1, 6)),
+        "qx",
+        "qy",
+        "qz",
+        "qw",
+        "gripper",
+    ]
+    assert [(kind, dims) for kind, _, dims in rotation_groups(names)] == [
+        ("quaternion", [7, 8, 9, 10]),
+        ("rot6d", [1, 2, 3, 4, 5, 6]),
+    ]
+    assert rotation_error("quaternion", np.array([[0, 0, 0.6, 0.8], [0, 0, 0, 0]]))[1] > 0
+    assert (rotation_error("rot6d", np.array([[1.0, 0, 0, 0, 1, 0]])) <= 0).all()
+    assert (rotation_error("rot6d", np.array([[1.0, 0, 0, 0.5, 0.8, 0]])) > 0).all()
