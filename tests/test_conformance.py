@@ -49,11 +49,9 @@ def test_every_frame_is_its_own_source_frame_and_sharp_enough(sample_data: Path,
             for camera in CAMERAS:
                 source = raw_frames(sample_data, dataset.episodes.source_id(episode), camera)
                 decoded = dataset.frames(episode, camera, 0, len(source))
-                # Distances of every decoded frame to every source frame, on pictures thinned 4 x 4.
-                thin = [x[:, ::4, ::4].reshape(len(x), -1).astype(np.float32) for x in (decoded, source)]
-                distance = (
-                    (thin[0] ** 2).sum(1)[:, None] + (thin[1] ** 2).sum(1) - 2 * thin[0] @ thin[1].T
-                )
+                # Squared distances of every decoded frame to every source frame, over all pixels.
+                a, b = (x.reshape(len(x), -1).astype(np.float32) for x in (decoded, source))
+                distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
                 offset = distance.argmin(axis=1) - np.arange(len(source))
                 assert np.median(offset) == 0 and np.abs(offset).max() <= 1, (codec, episode, camera)
                 quality += [psnr(a, b) for a, b in zip(decoded, source, strict=True)]
@@ -77,7 +75,9 @@ def test_lerobot_reads_all_of_it_with_delta_timestamps(converted: dict[str, Path
         assert np.array_equal(item["action"][0].numpy(), actions[index])
         episode = int(item["episode_index"])
         assert item["task"] == ours.episodes.tasks(episode)[0]
-        frame = ours.frames(episode, "observation.images.image", int(item["frame_index"]), int(item["frame_index"]) + 1)
+        frame = ours.frames(
+            episode, "observation.images.image", int(item["frame_index"]), int(item["frame_index"]) + 1
+        )
         theirs = (item["observation.images.image"][1].numpy().transpose(1, 2, 0) * 255).round()
         assert np.abs(theirs - frame[0]).mean() < 1
 
@@ -90,7 +90,9 @@ def test_lerobots_own_metadata_and_statistics_are_complete(converted: dict[str, 
         expected = (3, 1, 1) if feature["dtype"] == "video" else tuple(feature["shape"])
         assert stats["mean"].shape == expected
     actions = np.asarray(judge.hf_dataset.with_format("numpy")["action"][:])
-    assert np.allclose(judge.meta.stats["action"]["q99"], np.quantile(actions.astype(np.float64), 0.99, axis=0))
+    assert np.allclose(
+        judge.meta.stats["action"]["q99"], np.quantile(actions.astype(np.float64), 0.99, axis=0)
+    )
 
 
 @pytest.mark.slow
@@ -126,7 +128,9 @@ def test_an_act_training_step_of_lerobot_runs(converted: dict[str, Path]):
     batch = next(iter(torch.utils.data.DataLoader(judge, batch_size=2)))
     loss, _ = policy.forward(prepare(batch))
     loss.backward()
-    assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
+    assert torch.isfinite(loss) and any(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters()
+    )
 
 
 def test_hugging_face_datasets_opens_the_folder(converted: dict[str, Path], tmp_path: Path):
@@ -146,6 +150,14 @@ def test_statistics_are_exact_over_every_frame(converted: dict[str, Path]):
     for name, values in rows.items():
         wide = values.astype(np.float64).reshape(len(values), -1)
         assert stats[name]["count"] == [916]
-        for key, q in {"min": 0, "q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99, "max": 1}.items():
+        for key, q in {
+            "min": 0,
+            "q01": 0.01,
+            "q10": 0.1,
+            "q50": 0.5,
+            "q90": 0.9,
+            "q99": 0.99,
+            "max": 1,
+        }.items():
             np.testing.assert_allclose(stats[name][key], np.quantile(wide, q, axis=0), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(stats[name]["std"], wide.std(axis=0), rtol=1e-9, atol=1e-12)
