@@ -16,6 +16,7 @@ Legend   n samples, p positions, s samples in dataset order
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -191,6 +192,109 @@ class Shuffle:
         if self.kind == "block":
             return BlockShuffle(n, key, self.block, self.pool)
         return Permutation(n, key)
+
+
+ORDER_BLOCK = 4096  # positions computed at once: a few numbers cost as much as thousands
+
+
+class EpochOrder:
+    """Samples at absolute positions, epoch * n + p: one epoch's order after another's."""
+
+    def __init__(self, shuffle: Shuffle, seed: int, n: int):
+        self.shuffle, self.seed, self.n = shuffle, seed, n
+        self._block: tuple[int, int, NDArray[np.int64]] = (-1, 0, np.zeros(0, np.int64))
+
+    def __call__(self, positions: Positions) -> Positions:
+        result = np.empty_like(positions)
+        epochs = positions // self.n
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            result[here] = self._within(epoch, positions[here] - epoch * self.n)
+        return result
+
+    def _within(self, epoch: int, positions: Positions) -> Positions:
+        block_epoch, start, block = self._block
+        first, last = int(positions.min()), int(positions.max())
+        if block_epoch != epoch or first < start or last >= start + len(block):
+            start = first // ORDER_BLOCK * ORDER_BLOCK
+            stop = min(self.n, max(start + ORDER_BLOCK, last + 1))
+            block = self.shuffle.of_epoch(self.seed, epoch, self.n)(np.arange(start, stop, dtype=np.int64))
+            self._block = (epoch, start, block)
+        return block[positions - start]
+
+
+class MixtureOrder:
+    """Several sets of samples in given proportions, at absolute positions.
+
+    Positions come in blocks of `MIXTURE_BLOCK`; each block deals the same number of places to a set, shuffled
+    within the block. The j-th place a set gets, counted from the beginning, is the j-th of its own order, so
+    it goes through all of its samples before it repeats one. Samples are numbered set after set.
+    """
+
+    def __init__(self, shuffle: Shuffle, seed: int, sizes: tuple[int, ...], counts: tuple[int, ...]):
+        self.seed, self.sizes, self.counts = seed, sizes, counts
+        self.block = sum(counts)
+        self._ends = np.cumsum(counts)
+        self._bases = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+        self._orders = [EpochOrder(shuffle, mix(seed, number), size) for number, size in enumerate(sizes)]
+        self._last_block: tuple[int, NDArray[np.int64], NDArray[np.int64]] = (-1, self._bases, self._bases)
+
+    def __call__(self, positions: Positions) -> Positions:
+        member, draws = self._deal(positions)
+        result = np.empty_like(positions)
+        for number in np.unique(member).tolist():
+            here = member == number
+            result[here] = self._bases[number] + self._orders[number](draws[here])
+        return result
+
+    def _deal(self, positions: Positions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(set, how many places it got before) at positions."""
+        blocks, places = np.divmod(positions, self.block)
+        member, before = np.empty_like(places), np.empty_like(places)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            owners, ranks = self._dealt_block(block)
+            member[here], before[here] = owners[places[here]], ranks[places[here]]
+        return member, blocks * np.array(self.counts)[member] + before
+
+    def _dealt_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each place of a block its set, and how many places before it in the block that set got.
+
+        Counted in the order the places are handed out: a set's passes would overlap otherwise.
+        """
+        number, owners, ranks = self._last_block
+        if number != block:
+            shuffled = Permutation(self.block, mix(self.seed, 0xB10C, block))(np.arange(self.block))
+            owners = np.searchsorted(self._ends, shuffled, side="right").astype(np.int64)
+            ranks = np.empty_like(owners)
+            for each in range(len(self.counts)):
+                here = owners == each
+                ranks[here] = np.arange(int(here.sum()))
+            self._last_block = (block, owners, ranks)
+        return owners, ranks
+
+    def drawn(self, positions: int) -> NDArray[np.int64]:
+        """Samples of each set among the first `positions`: the realised proportions, exactly."""
+        whole, rest = divmod(positions, self.block)
+        found = whole * np.array(self.counts, np.int64)
+        if rest:
+            member, _ = self._deal(whole * self.block + np.arange(rest, dtype=np.int64))
+            found = found + np.bincount(member, minlength=len(self.counts))
+        return found
+
+
+MIXTURE_BLOCK = 4096
+
+
+def block_counts(weights: Sequence[float]) -> tuple[int, ...]:
+    """Places of a block for each weight, by largest remainder, one at least: off by less than 1 in 4,096."""
+    share = np.asarray(weights, np.float64) / float(np.sum(weights)) * MIXTURE_BLOCK
+    counts = np.maximum(1, np.floor(share)).astype(np.int64)
+    for number in np.argsort(-(share - np.floor(share)), kind="stable"):
+        if counts.sum() >= MIXTURE_BLOCK:
+            break
+        counts[number] += 1
+    return tuple(counts.tolist())
 
 
 def mixing(order: Order, groups: NDArray[np.int64], batch: int, batches: int = 200) -> float:

@@ -27,11 +27,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,11 @@ from ..schemas.normalisers import Normaliser
 from .buffers import Buffers
 from .dataset import Dataset, open_dataset
 from .health import Health
-from .order import Order, Shuffle
+from .order import EpochOrder, MixtureOrder, Shuffle
 from .rows import DatasetRows, Fit, RowReader, SplitRows
 from .shards import FOLDER, ShardRows, check_source, find_shards
 from .targets import Targets, open_targets
-from .windows import Samples
+from .windows import Places, Samples
 
 Batch = dict[str, Any]
 
@@ -54,7 +54,6 @@ LAST = ("short", "drop", "carry")
 ACTION_MODES = ("stored", "delta", "relative")
 FRAME_SOURCES = ("auto", "jpeg", "video", "none")
 KEEP_DECODED = 256 * 2**20
-ORDER_BLOCK = 4096  # positions whose samples are computed at once
 STATE_VERSION = 1
 
 
@@ -77,6 +76,9 @@ class StreamSpec:
               the chunks' horizons
     normalise by column; applied last, gives float32
     size, fit what frames are fitted to (see `Fit`); None: as stored
+    fps       count frames at this rate instead of the dataset's: step h is the recorded frame nearest to h / fps
+              seconds on. Actions that say how far to move are summed over the frames between, which needs a
+              whole ratio. Equal horizons in seconds for datasets of different rates.
     tail      the last frames of an episode that begin no sample
     torch     tensors instead of numpy arrays (they share memory)
     """
@@ -95,6 +97,7 @@ class StreamSpec:
     normalise: Mapping[str, Normaliser] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     fit: str = "stretch"
+    fps: float | None = None
     tail: int = 0
     torch: bool = False
 
@@ -120,6 +123,19 @@ class StreamSpec:
         return tuple(self.at.get(name, self.offsets))
 
 
+class SampleSource(Protocol):
+    """What a stream deals out: one dataset (`Source`) or several (`streams/mixture.py`)."""
+
+    @property
+    def samples(self) -> Sized: ...
+
+    def order(self, shuffle: Shuffle, seed: int) -> EpochOrder | MixtureOrder:
+        """Sample numbers at absolute positions."""
+        ...
+
+    def read(self, samples: NDArray[np.int64], spec: StreamSpec, health: Health) -> Batch: ...
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an epoch stands: `done` positions were consumed when batches of this shape began, `step` since."""
@@ -137,7 +153,7 @@ class Stream:
 
     def __init__(
         self,
-        source: Source,
+        source: SampleSource,
         spec: StreamSpec,
         batch_size: int,
         seed: int,
@@ -159,8 +175,7 @@ class Stream:
         self.health = Health()
         self._place = Place()
         self.turn = 0  # batches of all workers since iteration began, up to the last one handed over
-        self._orders: dict[int, Order] = {}
-        self._block: tuple[int, int, NDArray[np.int64]] = (-1, 0, np.zeros(0, np.int64))
+        self.order = source.order(shuffle, seed)
 
     # --- size and place --------------------------------------------------------------------------------
 
@@ -316,39 +331,13 @@ class Stream:
             found = found[found < self.samples]
         return place.epoch * self.samples + found
 
-    def samples_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sample numbers at absolute positions."""
-        result = np.empty_like(positions)
-        epochs = positions // self.samples
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            result[here] = self._ordered(int(epoch), positions[here] - epoch * self.samples)
-        return result
-
-    def _ordered(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The order at some positions; computed in blocks, since few numbers cost as much as thousands."""
-        block_epoch, start, block = self._block
-        if block_epoch != epoch or positions.min() < start or positions.max() >= start + len(block):
-            order = self._orders.get(epoch)
-            if order is None:
-                order = self.shuffle.of_epoch(self.seed, epoch, self.samples)
-                self._orders = {epoch: order}
-            start = int(positions.min())
-            stop = min(self.samples, max(start + ORDER_BLOCK, int(positions.max()) + 1))
-            block = order(np.arange(start, stop, dtype=np.int64))
-            self._block = (epoch, start, block)
-        return block[positions - start]
-
     def _make(self, positions: NDArray[np.int64]) -> Batch | None:
         if not len(positions):
             return None
-        batch = self.source.read(self.samples_at(positions), self.spec, self.health)
+        batch = self.source.read(self.order(positions), self.spec, self.health)
         batch["position"] = positions
         self.health.count(samples=len(positions), batches=1)
         return to_torch(batch) if self.spec.torch else batch
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_orders": {}, "_block": (-1, 0, np.zeros(0, np.int64))}
 
 
 class Endless:
@@ -395,7 +384,7 @@ class MapView:
     `__getitems__` reads a list of samples in one go; torch's DataLoader calls it by itself.
     """
 
-    def __init__(self, source: Source, spec: StreamSpec, health: Health | None = None):
+    def __init__(self, source: SampleSource, spec: StreamSpec, health: Health | None = None):
         self.source, self.spec = source, spec
         self.health = health or Health()
 
@@ -429,8 +418,10 @@ class Source:
         self.cameras = rows.cameras() if spec.cameras is None else spec.cameras
         self.buffers = Buffers()
         self._check(spec)
+        self._ratio = dataset.fps / spec.fps if spec.fps else 1.0
         self._observed, self._chunks = self._plan(spec)
         self._kinds = {name: self._action_kinds(name) for name in spec.action_columns if name in spec.chunks}
+        self._check_rate(spec)
 
     def _check(self, spec: StreamSpec) -> None:
         columns = self.rows.columns()
@@ -450,6 +441,21 @@ class Source:
                     "absolute actions\n  Leave the actions as stored."
                 )
 
+    def _check_rate(self, spec: StreamSpec) -> None:
+        if self._ratio == 1:
+            return
+        if self.targets is not None:
+            raise UsageError(
+                f"targets of {self.dataset.name} are counted in its {self.dataset.fps} frames per second, "
+                f"not {spec.fps:g}\n  Leave fps out, or join the targets yourself."
+            )
+        moving = [name for name, kinds in self._kinds.items() if "delta" in kinds]
+        if moving and (self._ratio < 1 or self._ratio != int(self._ratio)):
+            raise UsageError(
+                f"'{moving[0]}' of {self.dataset.name} says how far to move in one of {self.dataset.fps} frames per "
+                f"second\n  {spec.fps:g} is no whole part of that: choose one that is, or absolute actions"
+            )
+
     def _moves(self, column: str) -> bool:
         """Whether a stored column says how far to move rather than where to."""
         conventions = (self.dataset.manifest or {}).get("conventions", {})
@@ -460,6 +466,13 @@ class Source:
         names = self.dataset.names(column)
         dim = int(np.prod(self.dataset.features[column]["shape"]))
         return dimension_kinds(names if len(names) == dim else [""] * dim, delta=self._moves(column))
+
+    def order(self, shuffle: Shuffle, seed: int) -> EpochOrder:
+        return EpochOrder(shuffle, seed, len(self.samples))
+
+    def _frames_after(self, steps: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Steps of the spec's rate as recorded frames."""
+        return np.rint(np.asarray(steps) * self._ratio).astype(np.int64)
 
     def _plan(self, spec: StreamSpec) -> tuple[dict[Any, list[str]], dict[int, list[str]]]:
         """Names that are read at the same rows, by offsets and by horizon: one reading serves them all."""
@@ -484,7 +497,7 @@ class Source:
         rows_at: dict[Any, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
         now: dict[str, NDArray[Any]] = {}
         for offsets, names in self._observed.items():
-            rows_at[offsets] = rows, is_pad = places.rows_at(offsets)
+            rows_at[offsets] = rows, is_pad = places.rows_at(self._frames_after(offsets))
             found = self.rows.values(names, rows)
             if offsets == (0,):
                 now = {name: values[:, 0] for name, values in found.items()}
@@ -495,12 +508,16 @@ class Source:
                     if offsets != (0,):
                         batch[f"{name}_is_pad"] = is_pad
         for horizon, names in self._chunks.items():
-            rows, is_pad = places.rows_at(np.arange(horizon) + spec.chunk_start)
+            steps = np.arange(horizon) + spec.chunk_start
+            rows, is_pad = places.rows_at(self._frames_after(steps))
             found = self.rows.values(names, rows)
             for name in names:
                 if name.endswith("_is_pad"):
                     continue
                 values = found[name]
+                if self._ratio != 1 and "delta" in self._kinds.get(name, ()):
+                    batch[name], batch[f"{name}_is_pad"] = self._summed(name, places, steps)
+                    continue
                 is_action = name in spec.action_columns
                 batch[name] = self._actions(name, values, is_pad, now, spec) if is_action else values
                 invalid = found.get(f"{name}_is_pad")  # targets among the columns carry a mask of their own
@@ -508,7 +525,7 @@ class Source:
         for camera in self.cameras:
             offsets = spec.offsets_of(camera)
             if offsets not in rows_at:
-                rows_at[offsets] = places.rows_at(offsets)
+                rows_at[offsets] = places.rows_at(self._frames_after(offsets))
             rows, is_pad = rows_at[offsets]
             frames = self._frames(camera, rows, is_pad, spec, health)
             if offsets == (0,):
@@ -550,6 +567,21 @@ class Source:
         before = np.concatenate([state[:, None], chunks[:, :-1]], axis=1)
         moved = np.array([kind == "absolute" for kind in kinds])
         return np.where(moved, chunks - before, chunks).astype(chunks.dtype)
+
+    def _summed(
+        self, name: str, places: Places, steps: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Moves of [B, H] longer steps: those of their frames together; what is no move, as it is at the last.
+
+        A step of which a frame lies beyond the episode is padding.
+        """
+        ratio, kinds = int(self._ratio), self._kinds[name]
+        rows, is_pad = places.rows_at((steps[:, None] * ratio + np.arange(ratio)).reshape(-1))
+        values = pad_actions(self.rows.values([name], rows)[name], is_pad, kinds)
+        values = values.reshape(len(places), len(steps), ratio, -1)
+        moves = np.array([kind == "delta" for kind in kinds])
+        summed = np.where(moves, values.sum(axis=2, dtype=values.dtype), values[:, :, -1])
+        return summed, np.logical_or.reduce(is_pad.reshape(len(places), len(steps), ratio), axis=2)
 
     def _frames(
         self,
@@ -630,6 +662,24 @@ def open_stream(
     use); `keep` bytes of decoded frames stay in memory where a whole small dataset fits in them.
     """
     spec = spec or StreamSpec()
+    source, spec = open_source(dataset, spec, split, frames, shards, episodes, targets, keep)
+    order = shuffle if isinstance(shuffle, Shuffle) else Shuffle(shuffle)
+    return Stream(
+        source, spec, batch_size, seed, rank, world, order, last, cores() if threads is None else threads
+    )
+
+
+def open_source(
+    dataset: Path | Dataset,
+    spec: StreamSpec,
+    split: str = "train",
+    frames: str = "auto",
+    shards: Path | str | None = None,
+    episodes: Sequence[int] | NDArray[np.int64] | None = None,
+    targets: Path | Sequence[Path] | None = None,
+    keep: int = KEEP_DECODED,
+) -> tuple[Source, StreamSpec]:
+    """The samples of one dataset, not yet dealt out, and the spec they are read by; see `open_stream`."""
     if frames not in FRAME_SOURCES:
         raise unknown_name("source of frames", frames, FRAME_SOURCES)
     if frames == "none":
@@ -644,17 +694,7 @@ def open_stream(
             raise UsageError("targets are gathered from each sample's own frame: chunk_start must be 0")
         horizon = max(spec.chunks.values(), default=0)
         found = open_targets(opened, spec.targets, horizon=horizon, targets=targets)
-    return Stream(
-        Source(opened, rows, samples, spec, found),
-        spec,
-        batch_size,
-        seed,
-        rank,
-        world,
-        shuffle if isinstance(shuffle, Shuffle) else Shuffle(shuffle),
-        last,
-        cores() if threads is None else threads,
-    )
+    return Source(opened, rows, samples, spec, found), spec
 
 
 def _open_rows(

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from dpipe.schemas.errors import DataError, UsageError
-from dpipe.streams.order import Shuffle
+from dpipe.streams.order import EpochOrder, Shuffle
 from dpipe.streams.stream import Place, Stream, StreamSpec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,9 @@ class Numbers:
 
     def __init__(self, count: int):
         self.samples = range(count)
+
+    def order(self, shuffle, seed):
+        return EpochOrder(shuffle, seed, len(self.samples))
 
     def read(self, samples, spec, health):
         return {"index": samples}
