@@ -69,7 +69,8 @@ class TextColumns:
 
             files = [pq.ParquetFile(path) for path in self.paths]
             have = all(name in file.schema_arrow.names for file in files)
-            tables = [file.read(columns=[name]) for file in files] if have else []
+            pairs = zip(files, self.paths, strict=True)
+            tables = [_read_columns(file, path, [name]) for file, path in pairs] if have else []
             self._read[name] = pa.concat_tables(tables).column(name) if have else None
         return self._read[name]
 
@@ -283,7 +284,13 @@ class Dataset:
         first = int(np.searchsorted(ends, rows.start, side="right"))
         last = int(np.searchsorted(ends, rows.stop - 1, side="right"))
         before = int(ends[first - 1]) if first else 0
-        block = table.read_row_groups(list(range(first, last + 1)), columns=list(names))
+        try:
+            block = table.read_row_groups(list(range(first, last + 1)), columns=list(names))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: rows {rows.start} to {rows.stop} are damaged\n  found: {_one_line(error)}\n"
+                f"  Fetch the file again; see  dpipe doctor {self.root}"
+            ) from error
         return block.slice(rows.start - before, len(rows))
 
     def _table(self, path: Path) -> pq.ParquetFile:
@@ -373,7 +380,11 @@ class Dataset:
             return None
         import pyarrow.parquet as pq
 
-        recorded = pq.ParquetFile(path).read(columns=["content"]).column("content").to_pylist()
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is damaged\n  found: {_one_line(error)}\n  Convert again.") from error
+        recorded = _read_columns(file, path, ["content"]).column("content").to_pylist()
         return recorded if len(recorded) == len(self) and all(recorded) else None
 
     def _computed_contents(self) -> list[str]:
@@ -606,7 +617,7 @@ def _read_episodes(root: Path, videos: Sequence[str], fps: int) -> Episodes:
                 f"{path}: no column '{missing[0]}'\n"
                 f"  found: {', '.join(name for name in have if not name.startswith('stats/'))}"
             )
-        tables.append(file.read(columns=required))
+        tables.append(_read_columns(file, path, required))
     table = pa.concat_tables(tables, promote_options="permissive")
     numbers = {name: _values(_whole(table.column(name))) for name in required}
     count = len(numbers["length"])
@@ -660,13 +671,23 @@ def _read_episodes(root: Path, videos: Sequence[str], fps: int) -> Episodes:
     )
 
 
+def _read_columns(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> pa.Table:
+    try:
+        return file.read(columns=list(names))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged\n  found: {_one_line(error)}\n  Restore the file.") from error
+
+
 def _read_tasks(root: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     path = root / "meta" / "tasks.parquet"
     if not path.is_file():
         raise DataError(f"{root}: no task table\n  expected: {path}")
-    table = pq.ParquetFile(path).read()
+    try:
+        table = pq.ParquetFile(path).read()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged\n  found: {_one_line(error)}\n  Restore the file.") from error
     names = table.column_names
     # The sentence is the pandas index: called `task` by lerobot, `__index_level_0__` by careless writers.
     column = next((name for name in ("task", "__index_level_0__") if name in names), None)

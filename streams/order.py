@@ -16,7 +16,7 @@ Legend   n samples, p positions, s samples in dataset order
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -297,11 +297,13 @@ def block_counts(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts.tolist())
 
 
-def mixing(order: Order, groups: NDArray[np.int64], batch: int, batches: int = 200) -> float:
+def mixing(
+    order: Order, groups: Callable[[Positions], NDArray[np.int64]], batch: int, batches: int = 200
+) -> float:
     """How well an order mixes: distinct groups in a batch, as a share of what a global shuffle would give.
 
-    `groups` [n] says which group (episode, shard) each sample belongs to; the share is the mean over up to
-    `batches` batches spread over the epoch. 1 means "like a global shuffle", 1 / (groups in a batch) "one
+    `groups` says which group (episode, shard) samples belong to; the share is the mean over up to `batches`
+    batches spread over the epoch. 1 means "like a global shuffle", 1 / (groups in a batch) "one
     group at a time".
     """
     last = max(1, order.n // batch)
@@ -310,7 +312,7 @@ def mixing(order: Order, groups: NDArray[np.int64], batch: int, batches: int = 2
 
     def distinct(each: Order) -> float:
         found = [
-            len(np.unique(groups[each(np.arange(s, min(s + batch, order.n), dtype=np.int64))]))
+            len(np.unique(groups(each(np.arange(s, min(s + batch, order.n), dtype=np.int64)))))
             for s in starts
         ]
         return float(np.mean(found))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import threading
@@ -46,11 +47,17 @@ from .rows import Fit, Rows
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .remote import Cache, RemoteFolder
+
 SHARDS_VERSION = 1
 GROUP_ROWS = 512
 FOLDER = Path("dpipe") / "shards"
 FRAME_KINDS = ("jpeg", "video", "none")
 OPEN_PARTS = 128  # files kept open by one reader
+ARRAYS = {
+    *("group_first", "group_part", "group_values", "group_checks", "part_first"),
+    *("frame_offset", "frame_length", "frame_check", "episode_length", "episode_content"),
+}
 ONE_PAGE = 2**30  # larger than any column chunk of 512 rows
 
 
@@ -588,26 +595,47 @@ class _OpenPart:
             )
         self.map = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
 
+    def read(self, start: int, length: int) -> bytes:
+        return os.pread(self.file, length, start)
+
+    def column(self, start: int, length: int) -> tuple[Any, int]:
+        """Something that holds bytes [start, start + length), and where they begin in it."""
+        return self.map, start
+
     def __del__(self) -> None:
         if hasattr(self, "file"):
             os.close(self.file)
 
 
-class ShardRows:
-    """Rows from shards; a `RowReader`. `fetch` gives the local path of a part's file (remote shards)."""
+class _RemotePart:
+    """One shard file on the network, read piece by piece."""
 
-    def __init__(self, folder: Path, fit: Fit, fetch: Callable[[str], Path] | None = None):
-        self.folder, self.fit, self.fetch = folder, fit, fetch
+    def __init__(self, remote: RemoteFolder, name: str, size: int):
+        self.remote, self.name, self.size = remote, name, size
+        self.path = f"{remote.url}/{name}"
+
+    def read(self, start: int, length: int) -> bytes:
+        return self.remote.read(self.name, start, start + length, self.size)
+
+    def column(self, start: int, length: int) -> tuple[Any, int]:
+        return self.read(start, length), 0
+
+
+class ShardRows:
+    """Rows from shards; a `RowReader`. With `remote`, `folder` holds the index and the parts are fetched."""
+
+    def __init__(self, folder: Path, fit: Fit, remote: RemoteFolder | None = None):
+        self.folder, self.fit, self.remote = folder, fit, remote
         self.index = read_index(folder)
         self._arrays = _map_arrays(folder, self.index)
         self._columns = {told["name"]: (k, Column(**told)) for k, told in enumerate(self.index["columns"])}
         self._cameras = {camera: c for c, camera in enumerate(self.index["cameras"])}
         self._proven = np.zeros((len(self._arrays["group_part"]), len(self._columns)), bool)
-        self._parts: OrderedDict[int, _OpenPart] = OrderedDict()
+        self._parts: OrderedDict[int, _OpenPart | _RemotePart] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "fit": self.fit, "fetch": self.fetch}
+        return {"folder": self.folder, "fit": self.fit, "remote": self.remote}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__init__(**state)
@@ -633,8 +661,13 @@ class ShardRows:
         stops = [*starts[1:], len(flat)]
         groups, offsets = group[starts].tolist(), within[starts].tolist()
         parts = self._arrays["group_part"][group[starts]].tolist()
+        names = list(names)
+        if self.remote is not None:
+            self._fetch_columns(names, sorted(set(zip(parts, groups, strict=True))))
         result = {}
         for name in names:
+            if name not in self._columns:
+                raise unknown_name(f"column of {self.folder}", name, self._columns)
             k, column = self._columns[name]
             out = np.empty((len(flat), column.dim) if column.dim else len(flat), column.dtype)
             bases = self._arrays["group_values"][groups, k].tolist()
@@ -642,25 +675,55 @@ class ShardRows:
                 starts, stops, groups, parts, offsets, bases, strict=True
             ):
                 opened = self._part(part)
-                if not self._proven[g, k]:
-                    self._check_group(opened, g, k, column)
-                out[start:stop] = read_values(opened.map, base, column, offset, stop - start)
+                if isinstance(opened, _RemotePart) or not self._proven[g, k]:
+                    data, base = self._checked_group(opened, g, k, column)
+                else:
+                    data = opened.map
+                out[start:stop] = read_values(data, base, column, offset, stop - start)
             result[name] = out.reshape(*rows.shape, *out.shape[1:])
         return result
 
-    def _check_group(self, opened: _OpenPart, group: int, k: int, column: Column) -> None:
-        """Once per process: a column chunk's values are those that were written."""
+    def _group_span(self, group: int, k: int, column: Column) -> tuple[int, int, int]:
+        """(rows, first byte, bytes) of a column in a row group."""
         first = self._arrays["group_first"]
         count = int(first[group + 1] - first[group])
-        base = int(self._arrays["group_values"][group, k])
-        values = read_values(opened.map, base, column, 0, count)
-        stored = np.ascontiguousarray(values, column.stored)
-        if checksum(stored.tobytes()) != self._arrays["group_checks"][group, k]:
-            raise DataError(
-                f"{opened.path}: '{column.name}' is damaged in {self._where(int(first[group]))}\n"
-                "  Make the shards again, or fetch the file again."
-            )
-        self._proven[group, k] = True
+        width = count * max(1, column.dim)
+        length = -(-width // 8) if column.dtype == "bool" else count * column.row_bytes
+        return count, int(self._arrays["group_values"][group, k]), length
+
+    def _fetch_columns(self, names: Sequence[str], groups: Sequence[tuple[int, int]]) -> None:
+        """Fetch what a batch's columns lie in, all at once rather than one after the other."""
+        assert self.remote is not None
+        spans = []
+        for part, group in groups:
+            told = self.index["parts"][part]
+            for name in names:
+                _, start, length = self._group_span(group, *self._columns[name])
+                spans.append((told["file"], start, start + length, told["bytes"]))
+        self.remote.prepare(spans)
+
+    def _checked_group(
+        self, opened: _OpenPart | _RemotePart, group: int, k: int, column: Column
+    ) -> tuple[Any, int]:
+        """A column chunk whose values are those that were written, and where they begin in it.
+
+        Local files are checked once per process, remote ones whenever they are read.
+        """
+        count, start, length = self._group_span(group, k, column)
+        for attempt in range(2):
+            data, base = opened.column(start, length)
+            stored = np.ascontiguousarray(read_values(data, base, column, 0, count), column.stored)
+            if checksum(stored.tobytes()) == self._arrays["group_checks"][group, k]:
+                self._proven[group, k] = True
+                return data, base
+            if isinstance(opened, _RemotePart) and attempt == 0:
+                opened.remote.forget(opened.name, start, start + length)
+            else:
+                break
+        raise DataError(
+            f"{opened.path}: '{column.name}' is damaged in {self._where(int(self._arrays['group_first'][group]))}\n"
+            "  Make the shards again, or fetch the file again."
+        )
 
     def frames(self, camera: str, rows: Rows, out: NDArray[np.uint8], health: Health) -> None:
         import simplejpeg
@@ -672,13 +735,17 @@ class ShardRows:
         parts = (np.searchsorted(arrays["part_first"], rows, side="right") - 1).tolist()
         decode, direct = simplejpeg.decode_jpeg, out.shape[1:3] == self.size(camera)
         smallest = {} if direct else self._smallest(camera)
+        if self.remote is not None:
+            told = self.index["parts"]
+            spans = zip(parts, offsets, lengths, strict=True)
+            self.remote.prepare((told[p]["file"], at, at + n, told[p]["bytes"]) for p, at, n in spans)
         with health.timing("decode"):
             for i, (part, offset, length, check) in enumerate(
                 zip(parts, offsets, lengths, checks, strict=True)
             ):
-                data = os.pread(self._part(part).file, length, offset)
+                data = self._part(part).read(offset, length)
                 if len(data) != length or checksum(data) != check:
-                    raise self._damaged(part, int(rows[i]), camera, "its bytes are not those written")
+                    data = self._read_again(part, offset, length, check, int(rows[i]), camera)
                 try:
                     if direct:
                         decode(data, "RGB", buffer=out[i])
@@ -693,23 +760,35 @@ class ShardRows:
         c, arrays = self._cameras[camera], self._arrays
         part = int(np.searchsorted(arrays["part_first"], row, side="right")) - 1
         length, offset = int(arrays["frame_length"][row, c]), int(arrays["frame_offset"][row, c])
-        data = os.pread(self._part(part).file, length, offset)
-        if len(data) != length or checksum(data) != arrays["frame_check"][row, c]:
-            raise self._damaged(part, row, camera, "its bytes are not those written")
+        data, check = self._part(part).read(offset, length), int(arrays["frame_check"][row, c])
+        if len(data) != length or checksum(data) != check:
+            return self._read_again(part, offset, length, check, row, camera)
         return data
+
+    def _read_again(self, part: int, offset: int, length: int, check: int, row: int, camera: str) -> bytes:
+        """What came spoiled over the network is fetched once more; anything else is an error."""
+        opened = self._part(part)
+        if isinstance(opened, _RemotePart):
+            opened.remote.forget(opened.name, offset, offset + length)
+            data = opened.read(offset, length)
+            if len(data) == length and checksum(data) == check:
+                return data
+        raise self._damaged(part, row, camera, "its bytes are not those written")
 
     def _smallest(self, camera: str) -> dict[str, Any]:
         """Let the decoder itself shrink by a half or a quarter where what is wanted is still smaller."""
         height, width, _, _ = self.fit.inner(*self.size(camera))
         return {"min_height": height, "min_width": width}
 
-    def _part(self, number: int) -> _OpenPart:
+    def _part(self, number: int) -> _OpenPart | _RemotePart:
         opened = self._parts.get(number)
         if opened is not None:
             return opened
         told = self.index["parts"][number]
-        path = self.folder / told["file"] if self.fetch is None else self.fetch(told["file"])
-        opened = _OpenPart(path, told["bytes"])
+        if self.remote is not None:
+            opened = _RemotePart(self.remote, told["file"], told["bytes"])
+        else:
+            opened = _OpenPart(self.folder / told["file"], told["bytes"])
         with self._lock:
             self._parts[number] = opened
             while len(self._parts) > OPEN_PARTS:
@@ -756,6 +835,17 @@ class ShardRows:
         )
 
 
+def open_remote_shards(url: str, cache: Cache, fit: Fit) -> ShardRows:
+    """Shards below a URL: the index is fetched now, and anew each time; parts as samples ask for them."""
+    from .remote import RemoteFolder
+
+    remote = RemoteFolder(url, cache)
+    remote.whole("index.json")
+    told = read_index(remote.folder)["index"]
+    remote.whole(told["file"], told["digest"])
+    return ShardRows(remote.folder, fit, remote)
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     if not path.is_file():
@@ -763,8 +853,12 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"no finished shards in {folder}\n  expected: {path}, which is written last\n"
             "  Make or finish them:  dpipe precompute shards"
         )
-    index = json.loads(path.read_text())
-    if index.get("shards") != SHARDS_VERSION:
+    try:
+        index = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}\n  Make the shards again.") from error
+    if not isinstance(index, dict) or index.get("shards") != SHARDS_VERSION:
+        index = index if isinstance(index, dict) else {}
         raise DataError(
             f"{path}: shards of version {index.get('shards')}; this dpipe reads {SHARDS_VERSION}\n"
             "  Make them again:  dpipe precompute shards"
@@ -773,22 +867,34 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _map_arrays(folder: Path, index: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    path = folder / index["index"]["file"]
-    needed = max(
-        told["offset"] + int(np.prod(told["shape"])) * np.dtype(told["dtype"]).itemsize
-        for told in index["index"]["arrays"].values()
-    )
-    if not path.is_file() or path.stat().st_size < needed:
+    try:
+        path = folder / str(index["index"]["file"])
+        places = {
+            str(name): (int(told["offset"]), np.dtype(told["dtype"]), tuple(int(n) for n in told["shape"]))
+            for name, told in index["index"]["arrays"].items()
+        }
+        ends = [offset + math.prod(shape) * dtype.itemsize for offset, dtype, shape in places.values()]
+        sound = set(places) >= ARRAYS and min(offset for offset, _, _ in places.values()) >= 0
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged_index(folder, f"{type(error).__name__}: {error}") from error
+    if not sound or path.parent != folder:
+        raise _damaged_index(folder, f"arrays {', '.join(sorted(places))} in {path.name}")
+    if not path.is_file() or path.stat().st_size < max(ends):
         raise DataError(
-            f"{path} is cut short or missing\n  expected: {needed} bytes.  Make the shards again."
+            f"{path} is cut short or missing\n  expected: {max(ends)} bytes.  Make the shards again."
         )
     whole = np.memmap(path, np.uint8, "r").view(np.ndarray)
     return {
-        name: np.frombuffer(whole, told["dtype"], int(np.prod(told["shape"])), told["offset"]).reshape(
-            told["shape"]
-        )
-        for name, told in index["index"]["arrays"].items()
+        name: np.frombuffer(whole, dtype, math.prod(shape), offset).reshape(shape)
+        for name, (offset, dtype, shape) in places.items()
     }
+
+
+def _damaged_index(folder: Path, found: str) -> DataError:
+    return DataError(
+        f"{folder / 'index.json'} is damaged\n  found: {found}\n"
+        "  Make the shards again:  dpipe precompute shards"
+    )
 
 
 def find_shards(dataset: Dataset, cameras: Sequence[str] | None) -> Path | None:

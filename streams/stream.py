@@ -42,9 +42,10 @@ from ..schemas.normalisers import Normaliser
 from .buffers import Buffers
 from .dataset import Dataset, open_dataset
 from .health import Health
-from .order import EpochOrder, MixtureOrder, Shuffle
+from .order import EpochOrder, MixtureOrder, Shuffle, mixing
+from .remote import Cache, is_url
 from .rows import DatasetRows, Fit, RowReader, SplitRows
-from .shards import FOLDER, ShardRows, check_source, find_shards
+from .shards import FOLDER, ShardRows, check_source, find_shards, open_remote_shards
 from .targets import Targets, open_targets
 from .windows import Places, Samples
 
@@ -282,6 +283,14 @@ class Stream:
         other = Stream(**{name: changes.get(name, getattr(self, name)) for name in names})
         other._place, other.health = self._place, self.health
         return other
+
+    def mixing(self) -> float:
+        """How well this epoch's order mixes episodes into batches: 1 is what a global shuffle gives."""
+        if not isinstance(self.source, Source):
+            raise UsageError("mixing is measured within one dataset")
+        samples = self.source.samples
+        order = self.shuffle.of_epoch(self.seed, self.epoch, self.samples)
+        return mixing(order, lambda found: samples.locate(found).episode, self.global_batch)
 
     def map_style(self) -> MapView:
         """The same samples by number, for trainers that bring their own sampler."""
@@ -637,14 +646,14 @@ def to_torch(batch: Batch) -> Batch:
 
 
 def open_stream(
-    dataset: Path | Dataset,
+    dataset: Path | str | Dataset,
     spec: StreamSpec | None = None,
     split: str = "train",
     batch_size: int = 64,
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
-    shuffle: str | Shuffle = "global",
+    shuffle: str | Shuffle = "auto",
     last: str = "short",
     frames: str = "auto",
     shards: Path | str | None = None,
@@ -652,25 +661,32 @@ def open_stream(
     targets: Path | Sequence[Path] | None = None,
     threads: int | None = None,
     keep: int = KEEP_DECODED,
+    cache: Cache | None = None,
 ) -> Stream:
     """Open a dataset as a stream of batches.
 
     `frames` says where pictures come from: "jpeg" (shards), "video" (the dataset's own), "none", or "auto":
     shards where there are complete ones of this dataset, else the videos. `shards` names a variant or a folder.
     `episodes` replaces `split` by a list. `targets` are the folders of the spec's targets, the dataset's own by
-    default. `threads` make batches ahead (default: the cores this process may
-    use); `keep` bytes of decoded frames stay in memory where a whole small dataset fits in them.
+    default. `shuffle`: "global", "block" (a `Shuffle` for its sizes), "none", or "auto": block for a URL, where
+    neighbours are cheap, else global; `Stream.mixing` tells how well it mixes. `threads` make batches ahead
+    (default: the cores this process may use); `keep` bytes of decoded frames stay in memory where a whole small
+    dataset fits in them. `dataset` may be the URL of shards, read through `cache`.
     """
     spec = spec or StreamSpec()
-    source, spec = open_source(dataset, spec, split, frames, shards, episodes, targets, keep)
+    source, spec = open_source(dataset, spec, split, frames, shards, episodes, targets, keep, cache)
+    if shuffle == "auto":
+        shuffle = "block" if is_url(dataset) else "global"
     order = shuffle if isinstance(shuffle, Shuffle) else Shuffle(shuffle)
-    return Stream(
-        source, spec, batch_size, seed, rank, world, order, last, cores() if threads is None else threads
-    )
+    makers = cores() if threads is None else threads
+    stream = Stream(source, spec, batch_size, seed, rank, world, order, last, makers)
+    if isinstance(source.rows, ShardRows) and source.rows.remote is not None:
+        source.rows.remote.health = stream.health
+    return stream
 
 
 def open_source(
-    dataset: Path | Dataset,
+    dataset: Path | str | Dataset,
     spec: StreamSpec,
     split: str = "train",
     frames: str = "auto",
@@ -678,13 +694,14 @@ def open_source(
     episodes: Sequence[int] | NDArray[np.int64] | None = None,
     targets: Path | Sequence[Path] | None = None,
     keep: int = KEEP_DECODED,
+    cache: Cache | None = None,
 ) -> tuple[Source, StreamSpec]:
     """The samples of one dataset, not yet dealt out, and the spec they are read by; see `open_stream`."""
     if frames not in FRAME_SOURCES:
         raise unknown_name("source of frames", frames, FRAME_SOURCES)
     if frames == "none":
         spec = replace(spec, cameras=())
-    opened, rows = _open_rows(dataset, spec, frames, shards, keep)
+    opened, rows = _open_rows(dataset, spec, frames, shards, keep, cache)
     chosen = np.asarray(opened.episodes_in(split) if episodes is None else episodes, np.int64)
     lengths, first = opened.episodes.length[chosen], opened.episodes.first_index[chosen]
     samples = Samples.of(chosen, first, lengths, spec.tail)
@@ -698,10 +715,22 @@ def open_source(
 
 
 def _open_rows(
-    dataset: Path | Dataset, spec: StreamSpec, frames: str, shards: Path | str | None, keep: int
+    dataset: Path | str | Dataset,
+    spec: StreamSpec,
+    frames: str,
+    shards: Path | str | None,
+    keep: int,
+    cache: Cache | None,
 ) -> tuple[Dataset, RowReader]:
-    """The dataset and the reader of its rows; a folder of shards alone is a dataset too."""
+    """The dataset and the reader of its rows; a folder or URL of shards alone is a dataset too."""
     fit = Fit(spec.size, spec.fit)
+    if isinstance(dataset, str) and is_url(dataset):
+        if cache is None:
+            raise UsageError(
+                f"{dataset} is read through a local folder: give one, cache=Cache(folder, limit)"
+            )
+        remote = open_remote_shards(dataset, cache, fit)
+        return remote.dataset(), remote
     if not isinstance(dataset, Dataset) and (Path(dataset) / "index.json").is_file():
         alone = ShardRows(Path(dataset), fit)
         return alone.dataset(), alone

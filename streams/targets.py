@@ -542,7 +542,23 @@ def _bind(request: Request, folders: Sequence[_Folder], table: EpisodeTable) -> 
     places: dict[str, list[tuple[int, dict[str, tuple[int, int]], int]]] = {}
     axes = sorted({spec.axis for spec in folders[0].arrays} | {"frame"})
     for number, folder in enumerate(folders):
-        index = pq.ParquetFile(folder.path / "episodes.parquet").read().to_pydict()
+        path = folder.path / "episodes.parquet"
+        try:
+            index = pq.ParquetFile(path).read().to_pydict()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is damaged\n  found: {error}\n  Precompute the target again.") from error
+        wanted = [
+            "content",
+            "part",
+            "key",
+            "frames",
+            *(f"{axis}_{n}" for axis in axes for n in ("start", "rows")),
+        ]
+        lost = [name for name in wanted if name not in index]
+        if lost:
+            raise DataError(
+                f"{path}: no column '{lost[0]}'\n  found: {', '.join(index)}\n  Precompute it again."
+            )
         known: dict[str, int] = {}
         for i, content in enumerate(index["content"]):
             part = f"{number}/part-{index['part'][i]:05d}-{index['key'][i]}"

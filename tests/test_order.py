@@ -101,8 +101,11 @@ def test_an_order_of_a_billion_samples_needs_no_memory_and_no_time():
 
 
 def test_mixing_tells_a_block_shuffle_from_a_global_one():
-    episodes = np.repeat(np.arange(1000), 100)
-    n = len(episodes)
+    n = 100_000
+
+    def episodes(samples):
+        return samples // 100
+
     assert mixing(Permutation(n, 1), episodes, 64) == pytest.approx(1, abs=0.03)
     one_run = mixing(BlockShuffle(n, 1, 512, 1), episodes, 64)
     many_runs = mixing(BlockShuffle(n, 1, 512, 64), episodes, 64)
