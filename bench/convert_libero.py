@@ -148,12 +148,12 @@ def bare_rate(demos: list[list[np.ndarray]], codec: str, copies: int) -> float:
 
 
 def peak_memory(raw: Path, codec: str) -> int:
-    """Peak resident memory in MB of a one-process conversion, in a process of its own."""
+    """Peak resident memory in MB of a worker's share of a conversion: scan, encode, and mux parts of 900 frames."""
     code = (
         "import pathlib, re, tempfile; from dpipe.cli import cli\n"
         "out = tempfile.mkdtemp()\n"
         f"cli.main(['convert', 'libero', '--raw', {str(raw)!r}, '--out', out + '/set', '--codec', {codec!r}, "
-        "'--workers', '0'], standalone_mode=False)\n"
+        "'--workers', '0', '--part', '0/1', '--part-frames', '900'], standalone_mode=False)\n"
         # Not getrusage: its peak is inherited from this process, which holds every frame.
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text()).group(1)) // 1024)"
     )
