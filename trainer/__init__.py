@@ -16,10 +16,12 @@ RECIPES = {
     "vita": "a vision-language student takes over a small action expert: its hidden states, then its job",
     "dial": "one system foresees features of a frozen tower, the other acts to make them so",
     "anchorrefine": "a frozen policy proposes a chunk, a small refiner says what it lacks",
+    "pfd": "what a policy would do if it saw the future, distilled into an adapter that does not",
     "teacher": "a small policy by imitation, whose hidden states the teacher stage caches",
     "anchor": "a small policy by imitation, whose chunks the residuals stage corrects",
+    "flow": "a small flow policy that sees the future half of the time, base of the privileged stage",
 }
-_MODULES = {"teacher": "embedded", "anchor": "embedded"}  # others: the module of their name
+_MODULES = {"teacher": "embedded", "anchor": "embedded", "flow": "pfd"}  # others: the module of their name
 
 
 def open_recipe(name: str) -> "Recipe":

@@ -32,6 +32,7 @@ class Recipe:
     spec       what the stream shows, from config, space and facts
     episodes   which of the dataset's episodes to train on, from their content digests; None: all of the split
     build      config, space and facts -> an Objective (see `loop.py`), from nothing but these
+    join       a batch's targets, from config, the opened targets and the rows; by default just those
     start      weights taken over from beside the targets, once, before the first step
     phases     the stretches `steps` are divided into
     policy     a trained model -> a Policy
@@ -49,6 +50,7 @@ class Recipe:
     options: Options = field(default_factory=Options)
     facts: Callable[[Any, Mapping[str, TargetFolder]], dict[str, Any]] = lambda config, targets: {}
     start: Callable[[Any, Mapping[str, TargetFolder]], None] = lambda model, targets: None
+    join: Callable[[Any, Any, Any], dict[str, Any]] = lambda config, targets, index: targets.take(index=index)
     episodes: Callable[[Any, Sequence[str]], Sequence[bool]] | None = None
     finish: Callable[[Any, Path, Mapping[str, Any]], None] = lambda model, run_dir, terms: None
 

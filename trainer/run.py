@@ -14,7 +14,7 @@ import dataclasses
 import json
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,10 @@ def train(
             frames=frames,
             episodes=episodes,
         )
-        return SupervisedBatches(stream.endless(), supervision)
+        return SupervisedBatches(
+            stream.endless(),
+            lambda index: made.join(resolved, supervision, index) if supervision.names else {},
+        )
 
     metrics = fit(
         model,
@@ -155,12 +158,12 @@ def train(
 class SupervisedBatches:
     """A stream's batches with their targets looked up by row."""
 
-    def __init__(self, batches: Any, targets: Targets) -> None:
+    def __init__(self, batches: Any, targets: Callable[[np.ndarray], Mapping[str, Any]]) -> None:
         self._batches, self._targets = batches, targets
 
     def __next__(self) -> dict[str, Any]:
         batch = next(self._batches)
-        return {**batch, **self._targets.take(index=batch["index"])} if self._targets.names else batch
+        return {**batch, **self._targets(batch["index"])}
 
     def state_dict(self) -> dict[str, Any]:
         return self._batches.state_dict()

@@ -98,6 +98,8 @@ def to_tensors(batch: Mapping[str, Any], space: Space, device: "torch.device | s
         "dims": torch.from_numpy(np.asarray(batch.get("action_dims", space.mask), dtype=bool)),
     }
     for camera in space.cameras:
+        if camera not in batch:  # the recipe asked its stream for no pixels
+            continue
         frames = torch.from_numpy(np.asarray(batch[camera]))
         out["images"].append((frames[:, None] if frames.ndim == 4 else frames).to(device))
     for name, value in batch.items():
