@@ -13,6 +13,7 @@ import io
 import math
 import pickle
 from functools import lru_cache
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,7 @@ def _header(data: bytes, name: str) -> tuple[np.dtype[Any], tuple[int, ...], boo
         raise DataError(f"{name}: the npy header is cut short")
     try:
         dtype, shape, fortran = _parse_header(data[:start])
-    except ValueError as error:
+    except (ValueError, SyntaxError, TokenError) as error:  # NumPy parses the header as Python source
         raise DataError(f"{name}: damaged npy header ({error})") from error
     return dtype, shape, fortran, start
 

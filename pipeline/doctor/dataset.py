@@ -51,6 +51,7 @@ def examine_dataset(root: Path, level: Level) -> Report:
     told = set(subject.broken)
     examination.look(OWN, subject, "dpipe")
     if level == Level.FAST:
+        _tell_torn(subject, examination)
         return report
     gathered = _examine_rows(subject, examination)
     examination.look(ALL, gathered, "meta")
@@ -60,7 +61,13 @@ def examine_dataset(root: Path, level: Level) -> Report:
         if path.exists() and not _reported(report, subject.name_of(path)):
             examination.note("unreadable", Found(subject.name_of(path), subject.broken[path]))
     _examine_pictures(subject, examination, videos, states)
+    _tell_torn(subject, examination)
     return report
+
+
+def _tell_torn(subject: Subject, examination: Examination) -> None:
+    for name, why in subject.torn.items():
+        examination.note("unreadable", Found(f"meta/episodes, '{name}'", why))
 
 
 def _reported(report: Report, where: str) -> bool:

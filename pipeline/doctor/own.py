@@ -311,6 +311,8 @@ def _target_arrays(folder: Path, where: str, specs: list[ArraySpec]) -> Findings
     try:
         index = _target_index(folder)
         count = len(index["content"])
+        for axis in sorted({spec.axis for spec in specs if "compute" not in spec.attributes} | {"frame"}):
+            _ = index[f"{axis}_start"], index[f"{axis}_rows"], index["frames"], index["part"], index["key"]
     except (*EXPECTED, DpipeError) as error:
         yield Found(f"{where}/episodes.parquet", in_a_line(error))
         return
@@ -415,6 +417,8 @@ def examine_shards(folder: Path, subject: Subject | None, level: Level) -> Findi
         table = index["index"]
         files.append((str(table["file"]), -1, str(table["digest"])))
         source, frames = str(index["source"]), int(index["frames"])
+        if level == Level.FAST and all((folder / name).is_file() and "/" not in name for name, _, _ in files):
+            _open_shards(folder)
     except (*EXPECTED, RecursionError) as error:
         if level == Level.FAST:
             yield Found(f"{where}/index.json", in_a_line(error))
@@ -443,6 +447,24 @@ def examine_shards(folder: Path, subject: Subject | None, level: Level) -> Findi
         contents = [content or "" for content in recorded.column("content").to_pylist()]
         if all(contents) and contents_digest(contents) != source:
             yield Found(f"{where}/index.json", "made from other episodes than the dataset holds now")
+
+
+def _open_shards(folder: Path) -> None:
+    """Raises whatever a trainer would hear."""
+    import pyarrow.parquet as pq
+
+    from ...streams.rows import Fit
+    from ...streams.shards import ShardRows
+
+    rows = ShardRows(folder, Fit(None))
+    for part in rows.index["parts"][:1]:
+        stored = set(pq.ParquetFile(folder / part["file"]).schema_arrow.names)
+        lost = sorted({*rows.columns(), *rows.cameras()} - stored)
+        if lost:
+            raise DataError(f"'{lost[0]}' is no column of {part['file']}")
+    for name in rows.columns():
+        rows.values([name], np.zeros(1, np.int64))
+    rows.dataset()
 
 
 def file_digest(path: Path) -> str:

@@ -106,6 +106,7 @@ class Subject:
     root: Path
     level: Level
     broken: dict[Path, str] = field(default_factory=dict)  # file -> why it cannot be read
+    torn: dict[str, str] = field(default_factory=dict)  # column of meta/episodes -> why it cannot be read
     _blocks: OrderedDict[Path, Block] = field(default_factory=OrderedDict, repr=False)
 
     def name_of(self, path: Path) -> str:
@@ -210,7 +211,11 @@ class Subject:
             for name in wanted:
                 if name not in have:
                     wrong.setdefault(name, f"{self.name_of(path)} has no column '{name}'")
-            table = file.read(columns=[name for name in wanted if name in have])
+            try:
+                table = file.read(columns=[name for name in wanted if name in have])
+            except EXPECTED as error:
+                self.broken[path] = in_a_line(error)
+                return {}, {}
             for name in table.column_names:
                 column = table.column(name)
                 kind = column.type
@@ -254,7 +259,11 @@ class Subject:
         files = [self.open_table(path) for path in self.episode_files]
         if not files or any(file is None or name not in file.schema_arrow.names for file in files):
             return None
-        return pa.concat_tables([file.read(columns=[name]) for file in files if file]).column(name)
+        try:
+            return pa.concat_tables([file.read(columns=[name]) for file in files if file]).column(name)
+        except EXPECTED as error:
+            self.torn[name] = in_a_line(error)  # what else the table holds may well be read
+            return None
 
     @cached_property
     def episode_tasks(self) -> list[list[str]] | None:
