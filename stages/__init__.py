@@ -26,6 +26,7 @@ from ..schemas.features import CAMERA_PREFIX
 STAGES = {
     "teacher": "hidden states of a frozen policy's action tokens (vita)",
     "residuals": "what a frozen anchor policy's chunk lacks (anchorrefine)",
+    "privileged": "what a flow policy would say if it saw the future (pfd)",
     "foresight": "a frozen vision tower's tokens of every frame (dial)",
     "tokens": "coarse-bin action tokens and the report that chooses N (libra)",
     "fast": "action chunks as a few byte-pair tokens of their cosines (FAST)",

@@ -254,3 +254,12 @@ def report(
         "residual_share": powers[1] / max(powers[0], 1e-12),
         "mean_over_draws_share": powers[2] / max(powers[1], 1e-12),
     }
+
+
+def _open_embedded(spec: str, device: str) -> PrivilegedBase:
+    from ..models.flow_policy import open_base
+
+    return open_base(spec, device)
+
+
+STAGE = make_stage(_open_embedded)
