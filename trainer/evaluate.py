@@ -2,8 +2,8 @@
 
     report = evaluate(Path("runs/libra/libero"), episodes=200)
 
-Every episode is a seed: the same scenes for every policy, none of which lies in the sample data (seeds from
-SEED on). Environments run in step, so one network call serves them all; the latency table is measured
+Every episode is a seed: the same scenes and starting moments for every policy, drawn as the sample data draws
+theirs (a third of them after a fumble), none of which lies in the sample data (seeds from SEED on). Environments run in step, so one network call serves them all; the latency table is measured
 separately, on one environment, as a robot would meet it. Success is the simulator's own: the named object lies
 in the named container and nothing holds it.
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..samples.motion import HOLD_OPEN, SETTLE_STEPS
+from ..samples.motion import start
 from ..samples.tabletop import Observation, Tabletop
 from ..schemas.errors import DataError
 from ..streams.rows import Fit
@@ -86,7 +86,8 @@ def wilson(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, f
     p, n = successes / episodes, episodes
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding must not push the share itself out of its interval.
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
 
 def evaluate(
@@ -246,7 +247,7 @@ def roll_out(
     """Episodes of `seeds`, in step; `film` collects the first four."""
     check_embodiment(policy.space)
     tables = [Tabletop(objects, RENDERED) for _ in seeds]
-    seen = [_settled(table, seed) for table, seed in zip(tables, seeds, strict=True)]
+    seen = [start(table, seed) for table, seed in zip(tables, seeds, strict=True)]
     texts = [table.instruction if language else "" for table in tables]
     count = len(tables)
     steps = np.full(count, limit)
@@ -278,19 +279,11 @@ def roll_out(
     ]
 
 
-def _settled(table: Tabletop, seed: int) -> Observation:
-    """The first moment of a recording: the arm has come to rest, as in the sample data."""
-    seen = table.reset(seed)
-    for _ in range(SETTLE_STEPS):
-        seen = table.step(HOLD_OPEN)
-    return seen
-
-
 def latency(
     policy: Policy, table: Tabletop, size: tuple[int, int] | None, steps: int = 60
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of each part of the policy on one environment, after the first call of each."""
-    seen = _settled(table, SEED - 1)
+    seen = start(table, SEED - 1)
     policy.reset()
     for times in policy.clock.values():
         times.clear()
