@@ -3,9 +3,10 @@
     report = evaluate(Path("runs/libra/libero"), episodes=200)
 
 Every episode is a seed: the same scenes and starting moments for every policy, drawn as the sample data draws
-theirs (a third of them after a fumble), none of which lies in the sample data (seeds from SEED on). Environments run in step, so one network call serves them all; the latency table is measured
-separately, on one environment, as a robot would meet it. Success is the simulator's own: the named object lies
-in the named container and nothing holds it.
+theirs (a third of them after a fumble), none of which lies in the sample data (seeds from SEED on).
+Environments run in step, so one network call serves them all; the latency table is measured separately, on one
+environment, as a robot would meet it. Success is the simulator's own: the named object lies in the named
+container and nothing holds it.
 
 Controls  `blind` shows the policy a grey picture, `language=False` an empty instruction; the rest is the same.
 Interval  Wilson's score interval at 95 % (Wilson, 1927).
