@@ -8,7 +8,8 @@ samples lie in; every frame and every column chunk is checked against the index 
 so that what the network or the disk spoiled is fetched once more and then refused, never handed over.
 
 The folder may be shared by loader workers and by runs: pieces appear under their names whole. Beyond `limit`
-bytes the pieces not used for longest are deleted; one that somebody is reading stays readable to them.
+bytes the pieces not used for longest are deleted (several processes may exceed it by a piece each); one that
+somebody is reading stays readable to them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class RemoteFolder:
         self.folder = cache.folder / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.health = Health()
-        self._lock = threading.Lock()
+        self._lock, self._room = threading.Lock(), threading.Lock()
         self._busy: dict[str, threading.Lock] = {}
         self._touched: dict[str, float] = {}
 
@@ -139,8 +140,9 @@ class RemoteFolder:
             if self._is_kept(path, expected):  # another thread was faster
                 return False
             data = self._fetch(name, start, start + expected)
-            self._make_room(len(data))
-            _write(path, data)
+            with self._room:  # else threads would each find room for themselves alone
+                self._make_room(len(data))
+                _write(path, data)
         with self._lock:
             self._busy.pop(path.name, None)
         return True

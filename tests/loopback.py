@@ -73,8 +73,8 @@ def serve(folder: Path, stall_s: float = 30.0) -> Iterator[Server]:
 
         def _send(self, data: bytes) -> None:
             try:
+                server.sent += len(data)  # before the client can know of them
                 self.wfile.write(data)
-                server.sent += len(data)
             except OSError:
                 self.close_connection = True
 

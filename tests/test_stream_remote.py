@@ -84,7 +84,7 @@ def test_a_url_is_shuffled_in_blocks_and_says_how_well(shards: Path, tmp_path: P
 @pytest.mark.parametrize("trouble", ["fail", "truncate", "stall", "garble"])
 def test_every_trouble_is_got_over(shards: Path, tmp_path: Path, trouble: str):
     with serve(shards) as server:
-        stream = open_stream(server.url, SPEC, batch_size=16, threads=1, cache=cache(tmp_path, timeout_s=0.3))
+        stream = open_stream(server.url, SPEC, batch_size=16, threads=1, cache=cache(tmp_path, attempts=9))
         server.trouble += ["", trouble, *[""] * 12, trouble]  # never twice for one piece: that is refused
         seen = []
         for batch in stream:
@@ -156,9 +156,7 @@ def test_the_cache_keeps_to_its_limit(shards: Path, tmp_path: Path):
         stream = open_stream(server.url, SPEC, batch_size=8, threads=2, cache=cache(tmp_path, limit=limit))
         for batch in stream:
             assert_right(batch)
-            assert (
-                held_bytes(tmp_path / "cache") <= limit + 8 * PIECE
-            )  # pieces being fetched at the same time
+            assert held_bytes(tmp_path / "cache") <= limit
 
 
 def test_threads_share_a_folder_and_fetch_each_piece_once(shards: Path, tmp_path: Path):
