@@ -1,0 +1,89 @@
+"""Two processes see what one sees: the same samples per global batch, each once, and the same losses."""
+
+# ruff: noqa: E402 - what needs torch is imported once torch is known to be there
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dpipe.pipeline.precompute import precompute
+from dpipe.schemas.errors import UsageError
+from dpipe.schemas.statistics import fit_statistics
+from tiny_dataset import episode_columns, write_tiny
+
+torch = pytest.importorskip("torch")
+
+from dpipe.trainer.__main__ import divide
+
+EPISODES = [(seed, 17 + seed) for seed in range(6)]  # lengths that no batch divides: padding differs by rank
+WORDS = ["chunk=3", "slices=2", "width=32", "heads=2", "points=2", "batch_size=16", "log_every=1", "lr=0.001"]
+STEPS = 8
+
+
+def make_dataset(root: Path) -> Path:
+    write_tiny(root, EPISODES, camera=True)
+    columns = [episode_columns(*episode) for episode in EPISODES]
+    stats = {
+        name: {k: v.tolist() for k, v in fit_statistics(np.concatenate([c[name] for c in columns])).items()}
+        for name in ("observation.state", "action")
+    }
+    (root / "meta/stats.json").write_text(json.dumps(stats))
+    precompute(root, ["tokens"], {"tokens": {"probe": "none"}})
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def launch(root: Path, run: Path, processes: int, words: list[str]) -> list[dict]:
+    command = [
+        sys.executable,
+        "-m",
+        "dpipe.trainer",
+        "libra",
+        str(root),
+        str(run),
+        "--steps",
+        str(STEPS),
+        *words,
+    ]
+    if processes > 1:
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_port", str(free_port()), "-m", "dpipe.trainer", *command[3:]),
+        ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_have_the_losses_of_one_and_end_at_the_same_weights(tmp_path):
+    from safetensors.torch import load_file
+
+    root = make_dataset(tmp_path / "set")
+    alone = launch(root, tmp_path / "one", 1, WORDS)
+    pair = launch(root, tmp_path / "two", 2, WORDS)
+    assert [row["step"] for row in alone] == [row["step"] for row in pair] == list(range(1, STEPS + 1))
+    for one, two in zip(alone, pair, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+        assert one["accuracy"] == pytest.approx(two["accuracy"], abs=1e-4)
+    name = f"checkpoints/step-{STEPS:06d}/model.safetensors"
+    weights = [load_file(tmp_path / run / name) for run in ("one", "two")]
+    for key in weights[0]:
+        torch.testing.assert_close(weights[0][key], weights[1][key], atol=1e-4, rtol=1e-3)
+
+
+def test_words_are_sorted_into_the_recipes_options_and_the_loops():
+    config, options = divide("libra", ["bins=20", "batch-size=32", "chunk=4"])
+    assert config == {"bins": "20", "chunk": "4"} and options == {"batch_size": "32"}
+    with pytest.raises(UsageError, match="'bins' is not name=value"):
+        divide("libra", ["bins"])
