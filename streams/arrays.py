@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.contract import BFLOAT16, ArraySpec
-from ..schemas.errors import DataError
+from ..schemas.errors import DataError, malformed_as
 
 # Inner chunks hold at least one row and about this many bytes: small enough that any Zarr reader touches
 # little more than the rows it wants, large enough that the index stays below a thousandth of the data.
@@ -238,11 +238,12 @@ def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
 
 def read_spec(path: Path) -> tuple[ArraySpec, int]:
     """An array's spec and its number of rows, from its metadata alone."""
-    data = _metadata_of(path)
-    dtype = data["attributes"].get("dpipe_dtype", data["data_type"])
-    axis, *axes = data["dimension_names"]
-    spec = ArraySpec(path.name, tuple(data["shape"][1:]), dtype, tuple(axes), data["attributes"], axis)
-    return spec, int(data["shape"][0])
+    with malformed_as(path / "zarr.json", "Precompute the target again."):
+        data = _metadata_of(path)
+        dtype = data["attributes"].get("dpipe_dtype", data["data_type"])
+        axis, *axes = data["dimension_names"]
+        spec = ArraySpec(path.name, tuple(data["shape"][1:]), dtype, tuple(axes), data["attributes"], axis)
+        return spec, int(data["shape"][0])
 
 
 def shard_digest(path: Path) -> str:
@@ -262,8 +263,15 @@ def open_array(path: Path, verify: bool = False) -> NDArray[Any] | CompressedRow
     A file shorter or longer than its metadata promises is refused; `verify` also checks the index's crc32c.
     bfloat16 comes as its uint16 bits (`schemas/bfloat16.py`).
     """
+    with malformed_as(f"array {path}", "Precompute the target again."):
+        return _open_array(path, verify)
+
+
+def _open_array(path: Path, verify: bool) -> NDArray[Any] | CompressedRows:
     data = _metadata_of(path)
     shape = tuple(int(n) for n in data["shape"])
+    if data["data_type"] not in _DTYPES or min(shape, default=-1) < 0:
+        raise DataError(f"array {path}: {data['data_type']} {shape}\n  Precompute the target again.")
     dtype = np.dtype(data["data_type"]).newbyteorder("<")
     sharding = data["codecs"][0]["configuration"]
     chunk_rows = int(sharding["chunk_shape"][0])
@@ -275,7 +283,7 @@ def open_array(path: Path, verify: bool = False) -> NDArray[Any] | CompressedRow
     size = _size_of(shard)
     compressed = len(sharding["codecs"]) > 1
     body = chunks * chunk_rows * math.prod(shape[1:]) * dtype.itemsize
-    if size < index_bytes or (not compressed and size != body + index_bytes):
+    if size < index_bytes or shape[0] > chunks * chunk_rows or (not compressed and size != body + index_bytes):
         raise DataError(
             f"array {path} is incomplete: {size} bytes, expected "
             f"{'at least ' if compressed else ''}{index_bytes if compressed else body + index_bytes}\n"
@@ -368,8 +376,10 @@ def _metadata_of(path: Path) -> dict[str, Any]:
         raise DataError(f"no array at {path}\n  Precompute the target that holds it.") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path / 'zarr.json'} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path / 'zarr.json'} is {type(data).__name__}, expected an object")
     codecs = data.get("codecs", [])
-    if data.get("node_type") != "array" or len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed":
+    if data.get("node_type") != "array" or len(codecs) != 1 or codecs[0].get("name") != "sharding_indexed":
         raise DataError(
             f"{path} is not an array dpipe wrote (one shard, Zarr v3)\n  Read it with zarr instead."
         )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..schemas.errors import DataError, UsageError, unknown_name
+from ..schemas.errors import DataError, UsageError, malformed_as, unknown_name
 from ..schemas.features import DEFAULT_FEATURES
 
 if TYPE_CHECKING:
@@ -278,6 +278,7 @@ class Dataset:
                 f"{path}: no column '{missing[0]}'\n  found: {', '.join(table.schema_arrow.names)}\n"
                 f"  meta/info.json declares it; the dataset is damaged.  dpipe doctor {self.root}"
             )
+        _check_single(table, path, names)
         ends = np.cumsum(
             [table.metadata.row_group(group).num_rows for group in range(table.metadata.num_row_groups)]
         )
@@ -489,6 +490,11 @@ def _check_pixels(height: int, width: int, where: str) -> None:
 def open_dataset(root: Path) -> Dataset:
     """Open the LeRobot v3.0 dataset in folder `root`; DataError says what is missing and what would help."""
     root = Path(root)
+    with malformed_as(f"metadata of {root}", f"See what is wrong:  dpipe doctor {root}"):
+        return _open_dataset(root)
+
+
+def _open_dataset(root: Path) -> Dataset:
     info = _read_info(root)
     manifest = _read_manifest(root)
     features = {str(name): dict(told) for name, told in info["features"].items()}
@@ -672,10 +678,18 @@ def _read_episodes(root: Path, videos: Sequence[str], fps: int) -> Episodes:
 
 
 def _read_columns(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> pa.Table:
+    _check_single(file, path, names)
     try:
         return file.read(columns=list(names))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged\n  found: {_one_line(error)}\n  Restore the file.") from error
+
+
+def _check_single(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> None:
+    have = file.schema_arrow.names
+    twice = [name for name in names if have.count(name) > 1]
+    if twice:
+        raise DataError(f"{path} has {have.count(twice[0])} columns called '{twice[0]}'\n  expected: one")
 
 
 def _read_tasks(root: Path) -> list[str]:
@@ -763,6 +777,8 @@ def _to_numpy(column: pa.ChunkedArray, told: Mapping[str, Any], where: str) -> N
         or pa.types.is_large_string(array.type)
         or pa.types.is_struct(array.type)
     ):
+        if told["dtype"] not in ("string", "language"):
+            raise DataError(f"{where}: {array.type}\n  expected: {told['dtype']}, by meta/info.json")
         return array.to_numpy(zero_copy_only=False)
     nested = False
     while (
@@ -771,12 +787,18 @@ def _to_numpy(column: pa.ChunkedArray, told: Mapping[str, Any], where: str) -> N
         or pa.types.is_fixed_size_list(array.type)
     ):
         nested = True
-        if not pa.types.is_fixed_size_list(array.type) and len(np.unique(array.value_lengths())) > 1:
+        if pa.types.is_fixed_size_list(array.type):  # `flatten` would import pyarrow.compute, for 0.2 s
+            width = array.type.list_size
+            array = array.values.slice(array.offset * width, len(array) * width)
+            continue
+        if len(np.unique(array.value_lengths())) > 1:
             raise DataError(f"{where}: rows of different lengths\n  expected: {list(told['shape'])} in each")
         array = array.flatten()
     if array.null_count:
         raise DataError(f"{where}: {array.null_count} elements are missing\n  expected: none")
     if not pa.types.is_primitive(array.type):
+        if told["dtype"] not in ("string", "language"):
+            raise DataError(f"{where}: {array.type}\n  expected: {told['dtype']}, by meta/info.json")
         return np.array(column.to_pylist(), dtype=object)
     values = _values(array)
     if not nested:

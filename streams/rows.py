@@ -124,38 +124,33 @@ class DatasetRows:
         return self.dataset.camera_size(camera)
 
     def values(self, names: Iterable[str], rows: Rows) -> dict[str, NDArray[Any]]:
-        episodes = self.dataset.episodes
-        result = {}
-        starts = episodes.first_index[self._file_starts]
+        starts = self.dataset.episodes.first_index[self._file_starts]
         files = np.unique(np.searchsorted(starts, rows.reshape(-1), side="right") - 1)
-        for name in names:
-            self._load(name, files)
-            result[name] = self._columns[name][rows]
-        return result
+        wanted = list(names)
+        self._load(wanted, files)
+        return {name: self._columns[name][rows] for name in wanted}
 
-    def _load(self, name: str, files: NDArray[np.int64]) -> None:
-        """Unpack a column of the data files given, once each."""
-        loaded = self._loaded.get(name)
-        if loaded is not None and loaded[files].all():
+    def _load(self, names: Sequence[str], files: NDArray[np.int64]) -> None:
+        """Unpack columns of the data files given, once each, those of one file together."""
+        if all(name in self._loaded and self._loaded[name][files].all() for name in names):
             return
         with self._lock:
             reader = self._own()
-            for file in files:
-                if name in self._loaded and self._loaded[name][file]:
+            ends = [*self._file_starts[1:].tolist(), len(self.dataset)]
+            for file in files.tolist():
+                missing = [name for name in names if name not in self._loaded or not self._loaded[name][file]]
+                if not missing:
                     continue
                 first = int(self._file_starts[file])
-                last = (
-                    int(self._file_starts[file + 1])
-                    if file + 1 < len(self._file_starts)
-                    else len(self.dataset)
-                )
-                block = reader.all_columns([name], range(first, last))[name]
-                if name not in self._columns:
-                    self._columns[name] = _room((self.dataset.total_frames, *block.shape[1:]), block.dtype)
-                    self._loaded[name] = np.zeros(len(self._file_starts), bool)
                 start = int(self.dataset.episodes.first_index[first])
-                self._columns[name][start : start + len(block)] = block
-                self._loaded[name][file] = True
+                for name, block in reader.all_columns(missing, range(first, ends[file])).items():
+                    if name not in self._columns:
+                        self._columns[name] = _room(
+                            (self.dataset.total_frames, *block.shape[1:]), block.dtype
+                        )
+                        self._loaded[name] = np.zeros(len(self._file_starts), bool)
+                    self._columns[name][start : start + len(block)] = block
+                    self._loaded[name][file] = True
 
     def frames(self, camera: str, rows: Rows, out: NDArray[np.uint8], health: Health) -> None:
         kept = self._room_for(camera, out.shape[1:])

@@ -303,28 +303,31 @@ class Stream:
 
         Batches are made ahead of the consumer, a thread each; the stream's place moves when one is handed over.
         """
-        make_in_threads = self.threads > 1
-        ahead = self.threads + 1 if make_in_threads else 1
+        ahead = self.threads + 1 if self.threads > 1 else 1
         waiting: deque[tuple[Place, int, Future[Batch | None] | None]] = deque()
         place, pool = self._settled(self._place), None
+
+        def fill(count: int) -> None:
+            """Have `count` batches of this worker under way, or the rest of them."""
+            nonlocal place, turn
+            while goes_on(place) and len(waiting) < count:
+                if turn % workers == worker:
+                    made = pool.submit(self._make, self.positions(place)) if pool else None
+                    waiting.append((place, turn + 1, made))
+                place = self._settled(replace(place, step=place.step + 1))
+                turn += 1
+
         try:
-            if make_in_threads:
+            if self.threads > 1:
                 pool = ThreadPoolExecutor(self.threads, thread_name_prefix="dpipe-stream")
-            while True:
-                while goes_on(place) and len(waiting) < ahead:
-                    if turn % workers == worker:
-                        positions = self.positions(place)
-                        made = pool.submit(self._make, positions) if pool else None
-                        waiting.append((place, turn + 1, made))
-                    place = self._settled(replace(place, step=place.step + 1))
-                    turn += 1
-                if not waiting:
-                    break
+            fill(1)  # the first alone: those after it would only keep it waiting
+            while waiting:
                 here, next_turn, made = waiting.popleft()
                 with self.health.timing("wait"):
                     batch = made.result() if made else self._make(self.positions(here))
                 self._place = self._settled(replace(here, step=here.step + 1))
                 self.turn = next_turn
+                fill(ahead)
                 if batch is not None:
                     yield batch
             self._place = place

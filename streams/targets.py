@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from ..schemas.bfloat16 import bfloat16_to_float32
 from ..schemas.contract import BFLOAT16, ArraySpec, Contract, digest_of
-from ..schemas.errors import DataError, UsageError, unknown_name
+from ..schemas.errors import DataError, UsageError, malformed_as, unknown_name
 from ..schemas.features import CAMERA_PREFIX
 from .arrays import CompressedRows, open_array
 
@@ -494,9 +494,10 @@ def _find(request: Request, bases: Sequence[Path]) -> tuple[_Folder, ...]:
 def _finished(base: Path, stage: str) -> list[_Folder]:
     found = []
     for path in sorted((base / stage).glob("*/contract.json")):
-        data = json.loads(path.read_text())
-        arrays = tuple(ArraySpec.from_json(spec) for spec in data["arrays"])
-        found.append(_Folder(path.parent, Contract.from_json(data["contract"]), arrays))
+        with malformed_as(path, f"Precompute the target again:  dpipe precompute {stage}"):
+            data = json.loads(path.read_text())
+            arrays = tuple(ArraySpec.from_json(spec) for spec in data["arrays"])
+            found.append(_Folder(path.parent, Contract.from_json(data["contract"]), arrays))
     return found
 
 
