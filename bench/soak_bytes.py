@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import corruption
 from corruption import KINDS
 from measure import OUT, machine
 
@@ -29,7 +29,7 @@ MOST_MB = 1024
 
 
 def run_batch(folder: Path, kind: str, first: int, count: int, seed: int) -> dict:
-    words = [sys.executable, TESTS / "corruption.py", folder, "--kinds", kind]
+    words = [sys.executable, corruption.__file__, folder, "--kinds", kind]
     words += ["--first", first, "--count", count, "--seed", seed]
     try:
         run = subprocess.run(

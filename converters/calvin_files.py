@@ -326,11 +326,15 @@ def _read_scenes(data: bytes) -> dict[str, tuple[int, int]]:
     scenes: dict[str, tuple[int, int]] = {}
     for name, ids in value.items() if isinstance(value, dict) else ():
         match = re.fullmatch(r"(?:calvin_)?scene_([A-D])", str(name))
-        if match is None or len(ids) != 2:
+        try:
+            first, last = (int(frame) for frame in ids)
+        except (TypeError, ValueError, OverflowError):
+            first, last = 0, -1
+        if match is None or last < first:
             raise DataError(
-                f"scene_info.npy: expected calvin_scene_<A-D> and two ids, found {name!r}: {ids!r}"
+                f"scene_info.npy: expected calvin_scene_<A-D> and two ids, found {str(name)[:80]!r}: {str(ids)[:80]}"
             )
-        scenes[match[1]] = (int(ids[0]), int(ids[1]))
+        scenes[match[1]] = (first, last)
     if not scenes:
         raise DataError("scene_info.npy names no scene")
     return scenes
@@ -342,7 +346,7 @@ def _read_windows(data: bytes, source: str) -> list[Window]:
         texts = [str(text) for text in value["language"]["ann"]]
         tasks = [str(task) for task in value["language"]["task"]]
         ids = [(int(start), int(end)) for start, end in value["info"]["indx"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(
             f"{source}: expected language/ann, language/task and info/indx ({error!r})"
         ) from error

@@ -446,9 +446,16 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
             raw[name] = _floats(group, name)
         for name in (*LOW_DIM, "ee_states"):
             raw[name] = _floats(obs, name)
+        if raw["actions"] is None or raw["actions"].ndim == 0:
+            raw["problems"].append("'actions' is no array, expected (T, 7)")
+            raw["actions"] = None
         for name, dim in LOW_DIM.items():
-            if raw[name].ndim != 2 or raw[name].shape[1] != dim:
-                raw["problems"].append(f"'obs/{name}' has shape {raw[name].shape}, expected (T, {dim})")
+            shape = None if raw[name] is None else raw[name].shape
+            if shape is None or len(shape) != 2 or shape[1] != dim:
+                raw["problems"].append(f"'obs/{name}' has shape {shape}, expected (T, {dim})")
+        for name in ("states", "robot_states", "ee_states"):
+            if raw[name] is not None and raw[name].ndim != 2:
+                raw["problems"].append(f"'{name}' has shape {raw[name].shape}, expected two dimensions")
         sizes = set()
         for name in CAMERAS.values():
             frames = find_dataset(obs, name)
@@ -465,10 +472,10 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
         raw["pixels"] = next(iter(sizes), (0, 0))
         for name in ("rewards", "dones"):
             flags = find_dataset(group, name)
-            if flags is not None:
+            if flags is not None and flags.shape:
                 raw["lengths"][name] = int(flags.shape[0])
         for name in ("states", "robot_states", "ee_states", *LOW_DIM):
-            if raw[name] is not None:
+            if raw[name] is not None and raw[name].ndim:
                 raw["lengths"][name] = len(raw[name])
         samples = group.attrs.get("num_samples")
         raw["num_samples"] = None if samples is None else int(samples)

@@ -4,7 +4,8 @@ Both carry one finished message: what was expected, what was found, where, what 
 `cli` prints the message alone and exits 1 or 2; anything else that escapes is our own fault.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -36,3 +37,24 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     nearest = get_close_matches(name, names, n=1)
     hint = f"  Did you mean '{nearest[0]}'?" if nearest else ""
     return UsageError(f"unknown {kind} '{name}'.{hint}\n  known: {', '.join(names) or '(none)'}")
+
+
+# What reading a file whose parts are of other kinds than its format says raises in the code that reads it.
+MALFORMED = (
+    *(KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError),
+    OSError,
+)
+
+
+@contextmanager
+def malformed_as(where: object, remedy: str) -> Iterator[None]:
+    """Metadata from strangers, parsed within: whatever is wrong with it is one message, not a traceback."""
+    try:
+        yield
+    except DpipeError:
+        raise
+    except MALFORMED as error:
+        words = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{where} is damaged\n  found: {type(error).__name__}: {words}\n  {remedy}"
+        ) from error

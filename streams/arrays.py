@@ -283,7 +283,11 @@ def _open_array(path: Path, verify: bool) -> NDArray[Any] | CompressedRows:
     size = _size_of(shard)
     compressed = len(sharding["codecs"]) > 1
     body = chunks * chunk_rows * math.prod(shape[1:]) * dtype.itemsize
-    if size < index_bytes or shape[0] > chunks * chunk_rows or (not compressed and size != body + index_bytes):
+    if (
+        size < index_bytes
+        or shape[0] > chunks * chunk_rows
+        or (not compressed and size != body + index_bytes)
+    ):
         raise DataError(
             f"array {path} is incomplete: {size} bytes, expected "
             f"{'at least ' if compressed else ''}{index_bytes if compressed else body + index_bytes}\n"

@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.contract import canonical_json
-from ..schemas.errors import DataError, UsageError, unknown_name
+from ..schemas.errors import DataError, UsageError, malformed_as, unknown_name
 from ..schemas.features import DEFAULT_FEATURES
 from .dataset import Dataset, Episodes, TextColumns, contents_digest
 from .health import Health
@@ -54,6 +54,7 @@ GROUP_ROWS = 512
 FOLDER = Path("dpipe") / "shards"
 FRAME_KINDS = ("jpeg", "video", "none")
 OPEN_PARTS = 128  # files kept open by one reader
+REMAKE = "Make the shards again:  dpipe precompute shards"
 ARRAYS = {
     *("group_first", "group_part", "group_values", "group_checks", "part_first"),
     *("frame_offset", "frame_length", "frame_check", "episode_length", "episode_content"),
@@ -596,10 +597,16 @@ class _OpenPart:
         self.map = mmap.mmap(self.file, 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int, length: int) -> bytes:
+        if start < 0 or start + length > len(self.map):
+            return b""  # a damaged index: nothing is allocated for what it claims
         return os.pread(self.file, length, start)
 
     def column(self, start: int, length: int) -> tuple[Any, int]:
         """Something that holds bytes [start, start + length), and where they begin in it."""
+        if start < 0 or start + length > len(self.map):
+            raise DataError(
+                f"{self.path}: its index names bytes {start} to {start + length} of {len(self.map)}\n  {REMAKE}"
+            )
         return self.map, start
 
     def __del__(self) -> None:
@@ -628,9 +635,13 @@ class ShardRows:
         self.folder, self.fit, self.remote = folder, fit, remote
         self.index = read_index(folder)
         self._arrays = _map_arrays(folder, self.index)
-        self._columns = {told["name"]: (k, Column(**told)) for k, told in enumerate(self.index["columns"])}
-        self._cameras = {camera: c for c, camera in enumerate(self.index["cameras"])}
-        self._proven = np.zeros((len(self._arrays["group_part"]), len(self._columns)), bool)
+        with malformed_as(folder / "index.json", REMAKE):
+            self._columns = {
+                told["name"]: (k, Column(**told)) for k, told in enumerate(self.index["columns"])
+            }
+            self._cameras = {camera: c for c, camera in enumerate(self.index["cameras"])}
+            self._proven = np.zeros((len(self._arrays["group_part"]), len(self._columns)), bool)
+            _check_index(self.index, self._columns, self._arrays)
         self._parts: OrderedDict[int, _OpenPart | _RemotePart] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -888,6 +899,44 @@ def _map_arrays(folder: Path, index: Mapping[str, Any]) -> dict[str, NDArray[Any
         name: np.frombuffer(whole, dtype, math.prod(shape), offset).reshape(shape)
         for name, (offset, dtype, shape) in places.items()
     }
+
+
+def _check_index(
+    index: Mapping[str, Any], columns: Mapping[str, tuple[int, Column]], arrays: Mapping[str, NDArray[Any]]
+) -> None:
+    """What every look-up relies on, once: names, sizes and shapes that fit one another."""
+    for name, (_, column) in columns.items():
+        if (
+            not isinstance(name, str)
+            or not 0 <= int(column.dim) < 1 << 24
+            or np.dtype(column.dtype).kind not in "biuf"
+        ):
+            raise ValueError(f"column {name!r:.80}")
+    for size in index["cameras"].values():
+        height, width = size
+        if not (0 < int(height) < 1 << 15 and 0 < int(width) < 1 << 15):
+            raise ValueError(f"pictures of {size}")
+    for part in index["parts"]:
+        if "/" in part["file"] or "\\" in part["file"] or int(part["bytes"]) < 0:
+            raise ValueError(f"part {part['file']!r:.80}")
+    groups, first = len(arrays["group_part"]), arrays["group_first"]
+    frames, parts = int(first[-1]), arrays["part_first"]
+    wanted = {
+        "group_first": (groups + 1,),
+        "group_values": (groups, len(columns)),
+        "group_checks": (groups, len(columns)),
+        "part_first": (len(index["parts"]) + 1,),
+        **{name: (frames, len(index["cameras"])) for name in ("frame_offset", "frame_length", "frame_check")},
+        "episode_content": (len(arrays["episode_length"]), 16),
+    }
+    wrong = [name for name, shape in wanted.items() if arrays[name].shape != shape]
+    rising = first[0] == 0 and (np.diff(first) > 0).all() and (np.diff(parts) >= 0).all()
+    inside = (arrays["group_part"] >= 0).all() and (arrays["group_part"] < len(index["parts"])).all()
+    if wrong or not rising or not inside or parts[-1] != frames or arrays["episode_length"].sum() != frames:
+        raise ValueError(f"tables that do not fit one another ({wrong[0] if wrong else 'order'})")
+    for name in ("fps", "name", "source", "features", "tasks", "splits"):
+        _ = index[name]
+    _ = {name: (int(span[0]), int(span[1])) for name, span in index["splits"].items()}
 
 
 def _damaged_index(folder: Path, found: str) -> DataError:

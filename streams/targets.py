@@ -164,6 +164,30 @@ def open_targets(
     """
     table, root, wanted, pixels = _episode_table(dataset)
     bases = _target_folders(targets, root)
+    with malformed_as(
+        f"a target in {', '.join(map(str, bases))}", "See what is wrong:  dpipe doctor DATASET"
+    ):
+        columns = _open_columns(
+            requests, bases, table, wanted, pixels, horizon, expect, augmentation, allow_missing
+        )
+    names = [name for column in columns for name in (column.name, column.mask)]
+    twice = sorted({column.name for column in columns if names.count(column.name) > 1})
+    if twice:
+        raise UsageError(f"two targets are called '{twice[0]}'\n  Name one of them:  ...,as=OTHER")
+    return Targets(table, columns, root)
+
+
+def _open_columns(
+    requests: Sequence[str],
+    bases: Sequence[Path],
+    table: EpisodeTable,
+    wanted: NDArray[np.int64] | None,
+    pixels: Callable[[str], str] | None,
+    horizon: int,
+    expect: Mapping[str, Mapping[str, Any]] | None,
+    augmentation: str,
+    allow_missing: bool,
+) -> list[_Column]:
     columns: list[_Column] = []
     for text in requests:
         request = parse_request(text)
@@ -187,11 +211,7 @@ def open_targets(
                 f"  Add them:  dpipe precompute {request.stage}"
             )
         columns += _columns(request, folders, places, horizon)
-    names = [name for column in columns for name in (column.name, column.mask)]
-    twice = sorted({column.name for column in columns if names.count(column.name) > 1})
-    if twice:
-        raise UsageError(f"two targets are called '{twice[0]}'\n  Name one of them:  ...,as=OTHER")
-    return Targets(table, columns, root)
+    return columns
 
 
 @dataclass
@@ -252,7 +272,8 @@ class Targets:
             raise IndexError(f"{where} is outside the dataset's {len(self._length)} episodes")
         result: Batch = {}
         for column in self.columns:
-            self._fill(result, column, episodes, frames)
+            with malformed_as(f"target '{column.request.text}'", f"dpipe precompute {column.request.stage}"):
+                self._fill(result, column, episodes, frames)
         return {name: values.reshape((*rows.shape, *values.shape[1:])) for name, values in result.items()}
 
     def join(self, dataset: Any) -> Joined:
@@ -561,13 +582,18 @@ def _bind(request: Request, folders: Sequence[_Folder], table: EpisodeTable) -> 
                 f"{path}: no column '{lost[0]}'\n  found: {', '.join(index)}\n  Precompute it again."
             )
         known: dict[str, int] = {}
-        for i, content in enumerate(index["content"]):
-            part = f"{number}/part-{index['part'][i]:05d}-{index['key'][i]}"
-            if part not in known:
-                known[part] = len(files)
-                files.append(part)
-            spans = {axis: (index[f"{axis}_start"][i], index[f"{axis}_rows"][i]) for axis in axes}
-            places.setdefault(content, []).append((known[part], spans, index["frames"][i]))
+        with malformed_as(path, f"Precompute the target again:  dpipe precompute {request.stage}"):
+            for i, content in enumerate(index["content"]):
+                if not str(index["key"][i]).isalnum():
+                    raise DataError(f"{path}: row {i} names part {index['key'][i]!r:.80}; refused")
+                part = f"{number}/part-{index['part'][i]:05d}-{index['key'][i]}"
+                if part not in known:
+                    known[part] = len(files)
+                    files.append(part)
+                spans = {
+                    axis: (int(index[f"{axis}_start"][i]), int(index[f"{axis}_rows"][i])) for axis in axes
+                }
+                places.setdefault(content, []).append((known[part], spans, int(index["frames"][i])))
     count = len(table.contents)
     file = np.full(count, -1, dtype=np.int64)
     start = {axis: np.zeros(count, dtype=np.int64) for axis in axes}

@@ -143,7 +143,7 @@ def build(folder: Path, base: str) -> Path:
     if base in ("raw libero", "served"):
         raw = folder / "raw-libero/libero"
         if not raw.exists():
-            arrays = {i: demo_arrays(12 + i, seed=i, side=32) for i in range(2)}
+            arrays = {i: demo_arrays(12 + i, seed=i, side=16) for i in range(2)}
             write_raw(raw / "libero_goal/put_the_red_cube_in_the_tray_demo.hdf5", arrays)
         if base == "served":
             from dpipe.pipeline.precompute import precompute
