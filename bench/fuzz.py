@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from corruption import peak_memory
 from fuzzing import CORPUS, TARGETS, changed, run_case, sound_file
 from measure import OUT, machine
 
@@ -44,8 +44,7 @@ def work(target_name: str, folder: Path, seed: int, first: int, count: int, unti
         done += 1
         if found:
             finds.append([number, found])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(json.dumps({"done": done, "finds": finds, "peak_mb": peak}))
+    print(json.dumps({"done": done, "finds": finds, "peak_mb": peak_memory() >> 20}))
 
 
 def write_note(note: Path, number: int) -> None:

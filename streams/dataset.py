@@ -498,6 +498,14 @@ def _open_dataset(root: Path) -> Dataset:
     info = _read_info(root)
     manifest = _read_manifest(root)
     features = {str(name): dict(told) for name, told in info["features"].items()}
+    for name, told in features.items():
+        shape = told.get("shape")
+        sides = isinstance(shape, list | tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
+        if not isinstance(told.get("dtype"), str) or not sides:
+            raise DataError(
+                f"{root / 'meta/info.json'}: feature '{name:.80}' has dtype {told.get('dtype')!r:.40} and shape "
+                f"{shape!r:.80}\n  expected: the name of a type and a list of whole numbers"
+            )
     fps = float(info["fps"])
     if fps <= 0 or fps != int(fps):
         raise DataError(f"{root / 'meta/info.json'}: fps {info['fps']}\n  expected: a whole number above 0")

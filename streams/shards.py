@@ -917,7 +917,12 @@ def _check_index(
         if not (0 < int(height) < 1 << 15 and 0 < int(width) < 1 << 15):
             raise ValueError(f"pictures of {size}")
     for part in index["parts"]:
-        if "/" in part["file"] or "\\" in part["file"] or int(part["bytes"]) < 0:
+        if (
+            not isinstance(part["file"], str)
+            or "/" in part["file"]
+            or "\\" in part["file"]
+            or int(part["bytes"]) < 0
+        ):
             raise ValueError(f"part {part['file']!r:.80}")
     groups, first = len(arrays["group_part"]), arrays["group_first"]
     frames, parts = int(first[-1]), arrays["part_first"]

@@ -207,10 +207,12 @@ class Subject:
             file = self.open_table(path)
             if file is None:
                 return {}, {}
-            have = set(file.schema_arrow.names)
+            stored = file.schema_arrow.names
+            have = {name for name in stored if stored.count(name) == 1}
             for name in wanted:
                 if name not in have:
-                    wrong.setdefault(name, f"{self.name_of(path)} has no column '{name}'")
+                    many = "no column" if name not in stored else "several columns called"
+                    wrong.setdefault(name, f"{self.name_of(path)} has {many} '{name}'")
             try:
                 table = file.read(columns=[name for name in wanted if name in have])
             except EXPECTED as error:
