@@ -15,6 +15,17 @@ MAY_IMPORT = {
     "streams": {"schemas", "video"},
     "pipeline": {"schemas", "video", "samples", "converters", "models", "stages", "streams"},
     "trainer": {"schemas", "video", "samples", "models", "streams"},
+    "commands": {
+        "schemas",
+        "video",
+        "samples",
+        "converters",
+        "models",
+        "stages",
+        "streams",
+        "pipeline",
+        "trainer",
+    },
 }
 NUMPY_ONLY = {"schemas"}
 

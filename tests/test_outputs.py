@@ -315,10 +315,10 @@ def test_a_grown_dataset_is_not_written_over_an_old_buffer(tmp_path: Path):
 
 
 def test_large_buffers_are_asked_about_with_cheaper_ways(tmp_path: Path, monkeypatch):
-    import dpipe.cli
+    import dpipe.commands.convert
 
     write_suite(tmp_path / "raw/libero", demos=1, steps=8)
-    monkeypatch.setattr(dpipe.cli, "ASK_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(dpipe.commands.convert, "ASK_ABOVE_BYTES", 1000)
     common = ("convert", "libero", "--to", "zarr", "--workspace", tmp_path, "--workers", 0)
     with pytest.raises(UsageError, match=r"--no-images, --resize[\s\S]*--yes"):
         typed(*common)

@@ -1,0 +1,36 @@
+"""The commands, one module each, imported when one is called: `dpipe --help` reads only this table."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from ..schemas.errors import unknown_name
+
+COMMANDS: dict[str, dict[str, str]] = {
+    "From recordings to a policy": {
+        "sample": "Write raw recordings of a small tabletop simulator into raw/.",
+        "convert": "Raw recordings to a dataset.",
+        "precompute": "Datasets to supervision targets.",
+        "train": "Targets to a policy; what is missing is made first.",
+        "finish": "Number what the jobs of a divided conversion have made.",
+        "plan": "What convert, precompute or train would do.",
+    },
+    "Looking and asking": {
+        "status": "What the workspace holds: complete, partial or stale.",
+        "doctor": "Is it sound? Datasets, raw recordings, targets, shards.",
+        "replay": "Execute converted actions in the simulator.",
+        "picture": "One episode at a glance: frames, actions, coarse bins.",
+    },
+}
+_MODULES = {"finish": "convert"}  # where the module is not called as the command is
+
+
+def load_command(name: str) -> click.Command:
+    """The command of a name. UsageError with the nearest name where there is none."""
+    names = [each for section in COMMANDS.values() for each in section]
+    if name not in names:
+        raise unknown_name("command", name, names)
+    module = import_module(f".{_MODULES.get(name, name)}", __name__)
+    return getattr(module, name)

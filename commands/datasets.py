@@ -1,0 +1,48 @@
+"""The datasets a command works on, converted first where a workspace has only recordings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..schemas.errors import UsageError
+from .convert import convert
+
+if TYPE_CHECKING:
+    from ..pipeline.workspace import Workspace
+
+
+def targets_folder(space: Workspace, root: Path) -> Path | None:
+    """None where the dataset keeps its own targets, else targets/<name> of the workspace."""
+    ours = (root / "dpipe" / "manifest.json").is_file() and os.access(root / "dpipe", os.W_OK)
+    return None if ours else space.targets(root.name)
+
+
+def find_datasets(
+    space: Workspace, named: tuple[str, ...], as_json: bool, workers: int | None, dry_run: bool = False
+) -> list[Path]:
+    """The datasets to work on: those named, else all; a workspace that has only raw recordings converts them."""
+    from ..converters import SOURCES
+
+    if named:
+        return [space.find_dataset(name) for name in named]
+    sources = [source for source in (*SOURCES, *space.own_sources()) if space.raw(source).is_dir()]
+    made = space.sources_made()
+    unmade = [source for source in sources if source not in made]
+    if unmade:
+        plan = "; ".join(f"dpipe convert {source} --to lerobot" for source in unmade)
+        click.echo(f"first: {plan}", err=True)
+        for source in unmade if not dry_run else []:
+            arguments = [source, "--workspace", str(space.root), "--allow-dropped"]
+            arguments += ["--workers", str(workers)] if workers is not None else []
+            convert.main([*arguments, *(["--json"] if as_json else [])], standalone_mode=False)
+    roots = space.datasets()
+    if not roots and not (dry_run and unmade):
+        raise UsageError(
+            f"no dataset in {space.root / 'lerobot'} and no recordings in {space.root / 'raw'}\n"
+            f"  next: put recordings into raw/<source>/ ({', '.join(SOURCES)}), or make some:  dpipe sample libero"
+        )
+    return roots
