@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -61,18 +63,24 @@ def running(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def options_of(options_type: type, unset: bool = False) -> list[click.Parameter]:
-    """Command-line options from the fields of a dataclass; `unset`: None unless given, words as they are."""
+    """Command-line options from the fields of a dataclass; `unset`: None unless given, words as they are.
+
+    An option's help is the field's metadata, or the comment that stands behind the field in the code.
+    """
     made: list[click.Parameter] = []
     if unset:
+        told = field_comments(options_type)
         for item in fields(options_type):
             flag = f"--{item.name.replace('_', '-')}"
             default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-            text = f"{item.metadata.get('help', '')}  [{shown or 'none'}]".strip()
+            text = str(item.metadata.get("help", "")) or told.get(item.name, "")
+            text = f"{text}  [{shown or 'none'}]".strip()
             if isinstance(default, bool):
                 made.append(click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text))
             else:
-                made.append(click.Option([flag], help=text))
+                choices = "|".join(map(str, item.metadata.get("choices", ())))
+                made.append(click.Option([flag], help=text, metavar=choices or _METAVARS[type(default)]))
         return made
     for item in fields(options_type):
         flag = f"--{item.name.replace('_', '-')}"
@@ -137,3 +145,24 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def answer(facts: dict[str, Any], text: str, as_json: bool) -> None:
     click.echo(json.dumps(facts, ensure_ascii=False) if as_json else text)
+
+
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", tuple: "A,B,...", type(None): "TEXT"}
+
+
+def field_comments(kind: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, as written in its source: `steps: int = 5  # of a chunk`.
+
+    So the file that a reader of the code opens and the help that a user reads say the same, once.
+    """
+    try:
+        lines = inspect.getsource(kind).splitlines()
+    except (OSError, TypeError):  # a class made on the fly
+        return {}
+    found: dict[str, str] = {}
+    for item in fields(kind):
+        for line in lines:
+            match = re.match(rf"\s+{item.name}: [^#]*#\s*(.+)$", line)
+            if match:
+                found[item.name] = match.group(1).replace(" [ours]", "").strip()
+    return found
