@@ -1,6 +1,6 @@
 """Reading for training: dpipe's stream against the loaders people use, on the LIBERO sample.
 
-    python bench/stream.py [--rounds 3] [--seconds 3] [--quick] [--folder DIR] [--peers PYTHON]
+    python bench/stream.py [--rounds 3] [--seconds 3] [--sizes 128,256] [--add] [--quick] [--folder DIR]
 
 Data        the sample's episodes repeated to 50,000 frames (packets copied, nothing encoded twice), two cameras,
             at 128 px as recorded and at 256 px; the JPEGs of the shards are those the other formats carry
@@ -12,6 +12,9 @@ Contenders  lerobot     LeRobotDataset, torchcodec, uint8, DataLoader with 0 and
 Each contender is a process that stays alive and waits; in every round all take turns, and ratios are those
 within a round. WebDataset and mosaicml-streaming run in an environment of their own (made on first use beside
 the data; `--peers none` leaves them out, said aloud).
+
+The whole run takes ten minutes. `--sizes 128` and then `--sizes 256 --add` make it in pieces: every round is kept
+in out/stream-rounds.json, none chosen, and medians are over all of them.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+from measure import OUT, Goal, Rounds, machine, report
 
 SAMPLE = Path(os.environ.get("DPIPE_SAMPLE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 CHUNK = 10
@@ -519,7 +525,8 @@ import numpy, pyarrow.parquet, simplejpeg, av
 from dpipe.streams.stream import StreamSpec, open_stream
 begin = time.perf_counter()
 stream = open_stream(sys.argv[1], StreamSpec(chunks={"action": 10}), batch_size=32)
-next(stream.endless())
+batches = stream.endless()
+next(batches)
 print(time.perf_counter() - begin, stream.samples)
 """
 
@@ -537,12 +544,98 @@ def first_batch(dataset: Path) -> float:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
+def contenders(folder: Path, peers: str | None) -> list[Contender]:
+    """Everyone who reads `folder`, waiting for a turn."""
+    own = ["dpipe", "dpipe-video", "decode", "lerobot-0", "lerobot-2"]
+    own += [name for name in PEERS if name.startswith("lerobot")]
+    foreign = [name for name in PEERS if not name.startswith("lerobot")] if peers is not None else []
+    if foreign:
+        words = [peers, __file__, "--write-peers", "--folder", str(folder)]
+        subprocess.run(words, check=True, stdout=sys.stderr)
+    return [
+        *(Contender(name, folder, sys.executable) for name in own),
+        *(Contender(name, folder, peers) for name in foreign),
+    ]
+
+
+def measure(folder: Path, size: int, peers: str | None, rounds: int, seconds: float, kept: Kept) -> None:
+    """Rounds of all contenders at one size, added to what is kept."""
+    here, everyone = Rounds(), contenders(folder, peers)
+    try:
+        here.run(rounds, {each.name: lambda each=each: each.measure(seconds) for each in everyone})
+    finally:
+        for each in everyone:
+            each.close()
+    for each in everyone:
+        kept.add(f"{each.name} {size}px", here.values[each.name])
+        if each.name.startswith("dpipe"):
+            kept.add("anonymous MB", [each.memory])
+
+
+@dataclass
+class Kept:
+    """Figures by name from this run and, with --add, from earlier ones over as many frames on this machine."""
+
+    path: Path
+    frames: int
+    figures: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, path: Path, frames: int, add: bool) -> Kept:
+        if not add or not path.is_file():
+            return cls(path, frames)
+        told = json.loads(path.read_text())
+        if (told["machine"], told["frames"]) != (machine(), frames):
+            raise SystemExit(f"{path} is of {told['frames']} frames on {told['machine']}: leave --add out")
+        return cls(path, frames, told["figures"])
+
+    def add(self, name: str, values: list[float]) -> None:
+        self.figures.setdefault(name, []).extend(values)
+
+    def save(self) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        told = {"machine": machine(), "frames": self.frames, "figures": self.figures}
+        self.path.write_text(json.dumps(told, indent=1) + "\n")
+
+    def sizes(self) -> list[int]:
+        return [size for size in LEROBOT if f"dpipe {size}px" in self.figures]
+
+
+def goals_of(kept: Kept, values: Rounds) -> list[Goal]:
+    """Every goal that the figures speak of; `values` gets the rounds, the best of several contenders too."""
+    values.values |= {name: list(found) for name, found in kept.figures.items() if name.endswith("px")}
+    goals = []
+    for size in kept.sizes():
+        for group, names in (("lerobot", ["lerobot-0", "lerobot-2"]), ("peers", PEERS)):
+            there = [f"{name} {size}px" for name in names if f"{name} {size}px" in values.values]
+            # Round by round, the figures of the contender whose median is highest.
+            values.values[f"best of {group} {size}px"] = values.values[max(there, key=values.median)]
+        for goal, ours, theirs, least in (
+            (f"over LeRobotDataset at {size} px", "dpipe", "best of lerobot", LEROBOT[size]),
+            (f"from video over LeRobotDataset at {size} px", "dpipe-video", "best of lerobot", VIDEO),
+            (f"of the JPEG-decode bound at {size} px", "dpipe", "decode", OF_BOUND),
+            (f"over the best other loader at {size} px", "dpipe", "best of peers", OVER_PEERS),
+        ):
+            goals.append(values.ratio(goal, f"{ours} {size}px", f"{theirs} {size}px", least))
+    first = statistics.median(kept.figures["first batch s"])
+    goals.append(
+        Goal(
+            f"first batch over a million frames in {first:.2f} s; 1 s over that", 1 / first, 1 / FIRST_BATCH_S
+        )
+    )
+    memory = max(kept.figures["anonymous MB"])
+    goals.append(Goal(f"anonymous memory {memory:.0f} MB; 500 MB over that", ANONYMOUS_MB / memory, 1.0))
+    return goals
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="each contender's turn")
     parser.add_argument("--frames", type=int, default=50_000)
     parser.add_argument("--sizes", default="128,256")
+    parser.add_argument("--add", action="store_true", help="add these rounds to those of earlier runs")
+    parser.add_argument("--prepare", action="store_true", help="only make the data")
     parser.add_argument("--quick", action="store_true", help="6,000 frames, two short rounds")
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent / "out" / "stream")
     parser.add_argument("--peers", default="", help="python with webdataset and mosaicml-streaming, or none")
@@ -555,70 +648,26 @@ def main() -> int:
     if options.write_peers:
         write_peers(options.folder)
         return 0
-    from measure import Goal, Rounds, report
-
     frames, rounds, seconds = options.frames, options.rounds, options.seconds
     if options.quick:
         frames, rounds, seconds = 6_000, 2, 1.5
     options.folder.mkdir(parents=True, exist_ok=True)
     peers = peers_python(options.folder, options.peers)
-    values, goals, memory = Rounds(), [], 0.0
-    for size in map(int, options.sizes.split(",")):
-        folder = prepare(options.folder, size, frames)
-        names = [
-            "dpipe",
-            "dpipe-video",
-            "decode",
-            "lerobot-0",
-            "lerobot-2",
-            "lerobot-streaming-0",
-            "lerobot-streaming-2",
-        ]
-        if peers is not None:
-            subprocess.run(
-                [peers, __file__, "--write-peers", "--folder", str(folder)], check=True, stdout=sys.stderr
-            )
-            names += [name for name in PEERS if not name.startswith("lerobot")]
-        foreign = ("webdataset", "mosaicml")
-        open_ones = [
-            Contender(name, folder, peers if peers and name.startswith(foreign) else sys.executable)
-            for name in names
-        ]
-        try:
-            here = Rounds()
-            here.run(rounds, {each.name: lambda each=each: each.measure(seconds) for each in open_ones})
-        finally:
-            for each in open_ones:
-                each.close()
-        memory = max(memory, *(each.memory for each in open_ones if each.name.startswith("dpipe")))
-        best = {
-            "lerobot": _best(here, ["lerobot-0", "lerobot-2"]),
-            "peers": _best(here, [name for name in names if name in PEERS]),
-        }
-        values.values |= {f"{name} {size}px": figures for name, figures in here.values.items()}
-        values.values |= {f"best of {name} {size}px": figures for name, figures in best.items()}
-        for goal, ours, theirs, least in (
-            (f"over LeRobotDataset at {size} px", "dpipe", "best of lerobot", LEROBOT[size]),
-            (f"from video over LeRobotDataset at {size} px", "dpipe-video", "best of lerobot", VIDEO),
-            (f"of the JPEG-decode bound at {size} px", "dpipe", "decode", OF_BOUND),
-            (f"over the best other loader at {size} px", "dpipe", "best of peers", OVER_PEERS),
-        ):
-            goals.append(values.ratio(goal, f"{ours} {size}px", f"{theirs} {size}px", least))
-    source = options.folder / f"{options.sizes.split(',')[0]}px-{frames}" / "dataset"
-    million = prepare_million(options.folder, source)
-    first = min(first_batch(million) for _ in range(3))
-    goals.append(
-        Goal(
-            f"first batch over a million frames in {first:.2f} s; 1 s over that", 1 / first, 1 / FIRST_BATCH_S
-        )
-    )
-    goals.append(Goal(f"anonymous memory {memory:.0f} MB; 500 MB over that", ANONYMOUS_MB / memory, 1.0))
+    folders = {size: prepare(options.folder, size, frames) for size in map(int, options.sizes.split(","))}
+    million = prepare_million(options.folder, next(iter(folders.values())) / "dataset")
+    if options.prepare:
+        for folder in folders.values():
+            if peers is not None:
+                subprocess.run([peers, __file__, "--write-peers", "--folder", str(folder)], check=True)
+        return 0
+    kept = Kept.begin(OUT / "stream-rounds.json", frames, options.add)
+    for size, folder in folders.items():
+        measure(folder, size, peers, rounds, seconds, kept)
+    kept.add("first batch s", [first_batch(million) for _ in range(3)])
+    kept.save()
+    values = Rounds()
+    goals = goals_of(kept, values)
     return report("stream", goals, values, "samples/s", {"peers": peers is not None, "frames": frames})
-
-
-def _best(rounds: Any, names: list[str]) -> list[float]:
-    """Round by round, the figures of the contender whose median is highest."""
-    return rounds.values[max(names, key=rounds.median)]
 
 
 if __name__ == "__main__":
