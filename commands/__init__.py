@@ -21,6 +21,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "status": "What the workspace holds: complete, partial or stale.",
         "doctor": "Is it sound? Datasets, raw recordings, targets, shards.",
         "replay": "Execute converted actions in the simulator.",
+        "report": "One HTML page of pictures: datasets, targets, runs.",
         "picture": "One episode at a glance: frames, actions, coarse bins.",
     },
 }

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,23 @@ from ..schemas.errors import DataError
 from ..schemas.features import DEFAULT_FEATURES, CameraFeature, Feature
 from .durable import POINT, move_file, sync_folder, write_file, write_json
 from .payload import VideoOptions, sidecar_file, staged_data, staged_sidecar
-from .statistics import arange_statistics, constant_statistics, dataset_statistics, histogram_statistics
+from .receipts import (
+    COMPARED,
+    NUMBERS,
+    Receipts,
+    load_receipts,
+    read_statistics,
+    receipt_schema,
+    stage_statistics,
+)
+from .statistics import (
+    arange_statistics,
+    constant_statistics,
+    dataset_statistics,
+    histogram_statistics,
+    weighted_statistics,
+)
 from .tables import (
-    DATA_PATH,
     EPISODES_PATH,
     EPISODES_PER_FILE,
     STATISTICS,
@@ -44,7 +59,8 @@ if TYPE_CHECKING:
 STATISTICS_UP_TO = 50_000
 """Episodes beyond which per-episode statistics stay out of meta/: at 13 kB each, lerobot could not hold them."""
 
-NUMBERS = ("episode_index", "index", "task_index")
+EPISODES_AT_A_TIME = 4_096  # rows of meta/episodes, which may be 13 kB each
+ROWS_AT_A_TIME = 16_384  # episodes whose words are held as Python objects
 
 
 @dataclass(frozen=True)
@@ -54,28 +70,6 @@ class FinishResult:
     bytes: int
     dropped: tuple[Dropped, ...]
     unchanged: bool
-
-
-def load_receipts(root: Path) -> dict[str, dict[str, Any]]:
-    """What a rerun needs to know of each episode, by source_id; the latest part wins.
-
-    Plain Python values: this is the path of a rerun with nothing to do, and pyarrow's conversions from Python
-    import pandas.
-    """
-
-    columns = ["source_id", "key", "memo", "raw_digest", "dropped", "remedy", "split", "part"]
-    receipts: dict[str, dict[str, Any]] = {}
-    for path in _receipt_files(root):
-        table = read_columns(path, columns)
-        for row in zip(*(table.column(name).to_pylist() for name in columns), strict=True):
-            receipts[row[0]] = dict(zip(columns, row, strict=True))
-    return receipts
-
-
-def _receipt_files(root: Path) -> list[Path]:
-    journal = root / "dpipe" / "journal"
-    finished = journal / "receipts.parquet"
-    return [p for p in [finished] if p.is_file()] + sorted((journal / "parts").glob("part-*.parquet"))
 
 
 def recover(root: Path) -> None:
@@ -99,33 +93,33 @@ def finish(
     warnings: Sequence[str],
 ) -> FinishResult:
     """Number the episodes of `order` and put the dataset's tables in place; a no-op when nothing changed."""
-    known = load_receipts(root)
-    dropped = _all_dropped([known[s] for s in order if s in known], scan_dropped)
-    alive = [known[s] for s in order if s in known and not known[s]["dropped"]]
-    state = _state(alive, dropped, name, source, converter_version, options, video)
+    known = load_receipts(root, COMPARED)
+    state, alive, dropped = _state(
+        known, order, scan_dropped, name, source, converter_version, options, video
+    )
     manifest_path = root / "dpipe" / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text())
         if manifest.get("state") == state:
             totals = manifest["totals"]
             return FinishResult(totals["episodes"], totals["frames"], totals["bytes"], tuple(dropped), True)
-    if not alive:
+    if not len(alive):
         listed = "\n".join(f"    {d.source_id}: {d.reason}" for d in dropped[:10])
         raise DataError(f"every episode had to be left out; there is no dataset to write\n  found:\n{listed}")
 
-    receipts = _read_receipts(root)
-    rows = {source_id: row for row, source_id in enumerate(receipts.column("source_id").to_pylist())}
-    kept = [rows[receipt["source_id"]] for receipt in alive]
-    episodes = _Episodes(receipts, kept)
+    del known
+    episodes = _Episodes(load_receipts(root), alive, _homes(root))
     staging = root / "dpipe" / "staging"
     data = _stage_data(root, episodes, embodiment)
-    statistics = _dataset_statistics(data, episodes, embodiment)
+    pictures, each = _pass_statistics(root, episodes, embodiment)
+    statistics = _dataset_statistics(data, episodes, embodiment) | pictures
+    statistics = {key: statistics[key] for key in _in_order(episodes, embodiment)}
     tasks = episodes.tasks
     cameras = [CameraFeature(key, s["height"], s["width"]) for key, s in episodes.streams.items()]
-    totals = {"episodes": len(kept), "frames": int(episodes.frames.sum()), "tasks": len(tasks)}
+    totals = {"episodes": len(episodes), "frames": int(episodes.frames.sum()), "tasks": len(tasks)}
     write_tasks(staging / "meta" / "tasks.parquet", tasks)
     write_json(staging / "meta" / "stats.json", statistics)
-    _stage_episodes(staging, episodes, embodiment)
+    _stage_episodes(staging, episodes, embodiment, each)
     described = [
         (camera, _stream_info(episodes.streams[camera.key], video, embodiment.fps)) for camera in cameras
     ]
@@ -138,7 +132,7 @@ def finish(
         staging / "dpipe" / "dropped.jsonl",
         "".join(json.dumps(d.to_json(), ensure_ascii=False) + "\n" for d in dropped).encode(),
     )
-    size = sum(p.stat().st_size for p in _payload_files(root, episodes))
+    size = _payload_bytes(root, episodes)
     manifest = {
         "dpipe": 1,
         "name": name,
@@ -159,9 +153,10 @@ def finish(
     }
     from .card import dataset_card
 
-    write_file(staging / "README.md", dataset_card(manifest, tasks, dropped, statistics).encode())
+    write_file(staging / "README.md", dataset_card(manifest, tasks, dropped).encode())
     write_json(staging / "dpipe" / "manifest.json", manifest)
-    _stage_receipts(staging, receipts, episodes, embodiment)
+    _stage_receipts(staging, episodes)
+    stage_statistics(root, staging)
     _commit(root, staging)
     return FinishResult(totals["episodes"], totals["frames"], size, tuple(dropped), False)
 
@@ -169,24 +164,26 @@ def finish(
 class _Episodes:
     """The kept episodes as columns, numbered: one place for every index that is global."""
 
-    def __init__(self, receipts: pa.Table, kept: Sequence[int]) -> None:
+    def __init__(
+        self, receipts: Receipts, kept: NDArray[np.int64], homes: tuple[dict[str, int], NDArray[np.int64]]
+    ) -> None:
         self.receipts = receipts
-        self.kept = np.asarray(kept, np.int64)
-        self.table = receipts.take(kept)
-        self.source_id: list[str] = self.table.column("source_id").to_pylist()
-        self.frames = self.table.column("frames").to_numpy().astype(np.int64)
+        self.kept = kept  # rows of the receipts, in the order of the dataset
+        self.frames = receipts.numbers("frames")[kept]
         self.stop = np.cumsum(self.frames)
         self.start = self.stop - self.frames
-        self.part = self.table.column("part").to_numpy().astype(np.int64)  # where its pixels are
-        self.home = self.table.column("home").to_numpy().astype(np.int64)  # where its rows belong
-        self.first_frame = self.table.column("first_frame").to_numpy().astype(np.int64)
-        self.split: list[str] = self.table.column("split").to_pylist()
-        self.variant: str = self.table.column("variant")[0].as_py()
-        self.instruction: list[str] = self.table.column("instruction").to_pylist()
+        self.part = receipts.numbers("part")[kept]  # where its pixels are
+        places, parts = homes
+        self.source_id = [receipts.source_ids[row] for row in kept.tolist()]
+        self.home = parts[[places[s] for s in self.source_id]]  # where its rows belong
+        self.first_frame = receipts.numbers("first_frame")[kept]
+        self.split = _pick(receipts.texts("split"), kept)
+        self.variant = receipts.texts("variant")[int(kept[0])]
+        self.instruction = _pick(receipts.texts("instruction"), kept)
         self.tasks: list[str] = list(dict.fromkeys(self.instruction))
         number = {task: i for i, task in enumerate(self.tasks)}
         self.task_index = np.array([number[text] for text in self.instruction], np.int64)
-        self.streams: dict[str, Any] = json.loads(receipts.schema.metadata[b"streams"])
+        self.streams: dict[str, Any] = receipts.streams
         self.splits = _split_ranges(self.split)
 
     def __len__(self) -> int:
@@ -195,88 +192,66 @@ class _Episodes:
     def numbers(self, episode: int) -> tuple[int, int, int]:
         return episode, int(self.start[episode]), int(self.task_index[episode])
 
-    def homes(self) -> Iterator[tuple[int, list[int]]]:
+    def all_numbers(self) -> NDArray[np.int64]:
+        """[episodes, 3]: episode_index, index of its first row, task_index."""
+        return np.stack([np.arange(len(self)), self.start, self.task_index], axis=1)
+
+    def homes(self) -> Iterator[tuple[int, range]]:
         """Data parts in order, each with its episodes (consecutive numbers by construction)."""
-        bounds = np.flatnonzero(np.diff(self.home)) + 1
-        for block in np.split(np.arange(len(self)), bounds):
-            yield int(self.home[block[0]]), block.tolist()
+        bounds = [0, *(np.flatnonzero(np.diff(self.home)) + 1).tolist(), len(self)]
+        for first, last in pairwise(bounds):
+            yield int(self.home[first]), range(first, last)
 
     def part_ranges(self) -> list[dict[str, int]]:
         return [
             {
                 "part": part,
-                "first_episode": block[0],
+                "first_episode": block.start,
                 "episodes": len(block),
-                "frames": int(self.frames[block].sum()),
+                "frames": int(self.frames[block.start : block.stop].sum()),
             }
             for part, block in self.homes()
         ]
 
-
-def _read_receipts(root: Path) -> pa.Table:
-    """All receipts as one table: the latest of each episode, with where its rows lie and their present numbers.
-
-    Columns beside those of a part receipt: home (the part its rows belong to), file_part, row_group (where its
-    rows are now), staged, at_episode_index / at_index / at_task_index (the numbers written there).
-    """
-    import pyarrow as pa
-
-    homes = _homes(root)
-    tables: list[pa.Table] = []
-    streams: dict[str, Any] = {}
-    finished = root / "dpipe" / "journal" / "receipts.parquet"
-    if finished.is_file():
-        table = read_columns(finished)
-        streams |= json.loads((table.schema.metadata or {}).get(b"streams", b"{}"))
-        tables.append(table.replace_schema_metadata(None))
-    for path in sorted((root / "dpipe" / "journal" / "parts").glob("part-*.parquet")):
-        table = read_columns(path)
-        meta = json.loads(table.schema.metadata[b"dpipe"])
-        streams = meta["streams"] | streams
-        alive = [not reason for reason in table.column("dropped").to_pylist()]
-        position = np.cumsum(alive) - 1
-        numbers = np.full((len(alive), 3), -1, np.int64)
-        numbers[alive] = np.array(meta["numbers"], np.int64).reshape(-1, 3)
-        table = table.replace_schema_metadata(None)
-        table = table.append_column("file_part", table.column("part"))
-        table = table.append_column("row_group", pa.array(position, pa.int64()))
-        table = table.append_column("staged", pa.array([True] * len(alive)))
-        for column, name in enumerate(NUMBERS):
-            table = table.append_column(f"at_{name}", pa.array(numbers[:, column]))
-        tables.append(table)
-    if not tables:
-        raise DataError(f"{root}: no receipts; nothing was converted")
-    merged = pa.concat_tables([t.select(tables[0].column_names) for t in tables])
-    latest = {source_id: row for row, source_id in enumerate(merged.column("source_id").to_pylist())}
-    merged = merged.take(sorted(latest.values()))
-    home = [homes.get(s, -1) for s in merged.column("source_id").to_pylist()]
-    merged = merged.append_column("home", pa.array(home, pa.int64()))
-    return merged.replace_schema_metadata({"streams": json.dumps(streams)})
+    def texts(self, name: str, block: slice) -> pa.Array:
+        """A column of words of the receipts, for a run of episodes."""
+        return self.receipts.column(name, self.kept[block])
 
 
-def _homes(root: Path) -> dict[str, int]:
+def _pick(values: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
+    return [values[row] for row in rows.tolist()]
+
+
+def _blocks(count: int, size: int = ROWS_AT_A_TIME) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _homes(root: Path) -> tuple[dict[str, int], NDArray[np.int64]]:
     """The part each episode was first listed in: its place among the data files, whatever is redone later."""
-    homes: dict[str, int] = {}
+    places: dict[str, int] = {}
+    parts: list[int] = []
     for path in sorted((root / "dpipe" / "journal").glob("order-*.json")):
         for part in json.loads(path.read_text())["parts"]:
             for source_id in part["episodes"]:
-                homes.setdefault(source_id, part["part"])
-    return homes
+                if places.setdefault(source_id, len(parts)) == len(parts):
+                    parts.append(part["part"])
+    return places, np.array(parts, np.int64)
 
 
 def _stage_data(root: Path, episodes: _Episodes, embodiment: Embodiment) -> list[Path]:
     """Bring every data part to its final numbers; returns the files in order, staged or already in place."""
     import pyarrow.parquet as pq
 
-    file_part = episodes.table.column("file_part").to_pylist()
-    row_group = episodes.table.column("row_group").to_pylist()
-    staged = episodes.table.column("staged").to_pylist()
-    at = np.stack([episodes.table.column(f"at_{name}").to_numpy() for name in NUMBERS], axis=1)
+    receipts, kept = episodes.receipts, episodes.kept
+    file_part, row_group = receipts.numbers("file_part")[kept], receipts.numbers("row_group")[kept]
+    staged = receipts.numbers("staged")[kept]
+    at = np.stack([receipts.numbers(f"at_{name}")[kept] for name in NUMBERS], axis=1)
+    right = (at == episodes.all_numbers()).all(axis=1)
     schema = data_schema(embodiment.features)
     opened: dict[Path, Any] = {}
 
     def rows(kind: str, episode: int) -> pa.Table:
-        part = file_part[episode]
+        part = int(file_part[episode])
         if kind == "data":
             path = staged_data(root, part) if staged[episode] else root / data_file(part)
         else:
@@ -285,7 +260,7 @@ def _stage_data(root: Path, episodes: _Episodes, embodiment: Embodiment) -> list
             if len(opened) > 32:
                 opened.clear()
             opened[path] = pq.ParquetFile(path)
-        return opened[path].read_row_group(row_group[episode])
+        return opened[path].read_row_group(int(row_group[episode]))
 
     files: list[Path] = []
     rewrites: list[tuple[Path, Path]] = []
@@ -293,9 +268,12 @@ def _stage_data(root: Path, episodes: _Episodes, embodiment: Embodiment) -> list
         final, stage = root / data_file(part), staged_data(root, part)
         current = stage if stage.is_file() else final
         groups = _row_groups(current)
-        as_is = len(block) == groups and all(
-            file_part[e] == part and row_group[e] == i and tuple(at[e]) == episodes.numbers(e)
-            for i, e in enumerate(block)
+        here = slice(block.start, block.stop)
+        as_is = (
+            len(block) == groups
+            and right[here].all()
+            and (file_part[here] == part).all()
+            and (row_group[here] == np.arange(len(block))).all()
         )
         if as_is:
             files.append(current)
@@ -342,16 +320,93 @@ def _renumber(table: pa.Table, numbers: tuple[int, int, int]) -> pa.Table:
     return table
 
 
-def _dataset_statistics(files: Sequence[Path], episodes: _Episodes, embodiment: Embodiment) -> dict[str, Any]:
-    """meta/stats.json: exact over every row; pictures over their sampled frames."""
+def _in_order(episodes: _Episodes, embodiment: Embodiment) -> list[str]:
+    """Features in the order of meta/stats.json."""
+    cameras = [f"observation.images.{key}" for key in episodes.streams]
+    return [*cameras, *(feature.name for feature in embodiment.features), *DEFAULT_FEATURES]
 
-    result: dict[str, Any] = {}
-    for key in episodes.streams:
-        counts = np.zeros((3, 256), np.int64)
-        for value in episodes.table.column(f"histogram/{key}").to_pylist():
-            counts += np.asarray(value, np.int64).reshape(3, 256)
-        frames = int(np.sum(episodes.table.column(f"counted/{key}").to_numpy()))
-        result[f"observation.images.{key}"] = histogram_statistics(counts, frames)
+
+def _pass_statistics(
+    root: Path, episodes: _Episodes, embodiment: Embodiment
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """One pass over the receipts' statistics: pictures of the dataset, and columns [episodes] for meta/episodes.
+
+    The columns are empty where there are too many episodes; nothing is then held but two counters a camera.
+    """
+    keys = list(episodes.streams)
+    few = len(episodes) <= STATISTICS_UP_TO
+    names = ["part", "row", *(f"histogram/{key}" for key in keys), *(f"counted/{key}" for key in keys)]
+    vectors = [f"stats/{f.name}/{name}" for f in embodiment.features for name in STATISTICS] if few else []
+    counts = {key: np.zeros((3, 256), np.int64) for key in keys}
+    frames = dict.fromkeys(keys, 0)
+    held: dict[str, NDArray[Any]] = {}
+
+    def hold(name: str, episode: NDArray[np.int64], values: NDArray[Any]) -> None:
+        if name not in held:
+            held[name] = np.zeros((len(episodes), values.shape[1]), values.dtype)
+        held[name][episode] = values
+
+    episode_at = _episode_places(episodes)
+    for table in read_statistics(root, [*names, *vectors]) if keys or few else ():
+        numbers = episode_at(table.column("part").to_numpy(), table.column("row").to_numpy())
+        mine = np.flatnonzero(numbers >= 0)
+        if not len(mine):
+            continue
+        for key in keys:
+            values = _list_rows(table.column(f"histogram/{key}"), mine).reshape(-1, 3, 256)
+            counted = table.column(f"counted/{key}").to_numpy()[mine]
+            counts[key] += values.sum(axis=0)
+            frames[key] += int(counted.sum())
+            told = (
+                [histogram_statistics(v, int(n)) for v, n in zip(values, counted, strict=True)] if few else []
+            )
+            for name in STATISTICS if few else ():
+                column = np.array([np.reshape(each[name], -1) for each in told])
+                hold(f"stats/observation.images.{key}/{name}", numbers[mine], column)
+        for name in vectors:
+            hold(name, numbers[mine], _list_rows(table.column(name), mine))
+    pictures = {f"observation.images.{key}": histogram_statistics(counts[key], frames[key]) for key in keys}
+    return pictures, held
+
+
+def _list_rows(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """A column of equally long lists as an array [rows, length]; left out episodes have no list."""
+    whole = column.combine_chunks()
+    there = np.asarray(whole.is_valid())
+    values = whole.flatten().to_numpy(zero_copy_only=False).reshape(int(there.sum()), -1)
+    return values[(np.cumsum(there) - 1)[rows]]
+
+
+def _lists(values: NDArray[Any], camera: bool) -> pa.Array:
+    """[episodes, D] as a column of lists; a camera's three colours as LeRobot nests them, each [1, 1]."""
+    import pyarrow as pa
+
+    array: pa.Array = pa.array(values.reshape(-1))
+    widths = [1, 1, values.shape[1]] if camera else [values.shape[1]]
+    for width in widths:
+        ends = np.arange(0, len(array) + 1, width, dtype=np.int32)
+        array = pa.ListArray.from_arrays(pa.array(ends), array)
+    return array
+
+
+def _episode_places(episodes: _Episodes) -> Any:
+    """A function from receipts' places (part, row) to episodes, -1 for those that do not count any more."""
+    part, row = episodes.receipts.numbers("part"), episodes.receipts.numbers("row")
+    span = int(row.max(initial=0)) + 1
+    place = part[episodes.kept] * span + row[episodes.kept]
+    order = np.argsort(place, kind="stable")
+    ranked = place[order]
+
+    def find(parts: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        wanted = parts * span + rows
+        at = np.minimum(np.searchsorted(ranked, wanted), len(ranked) - 1)
+        return np.where(ranked[at] == wanted, order[at], -1)
+
+    return find
+
+
+def _dataset_statistics(files: Sequence[Path], episodes: _Episodes, embodiment: Embodiment) -> dict[str, Any]:
+    """Statistics of the columns, exact over every row; LeRobot's own columns follow from lengths alone."""
 
     def chunks(name: str) -> Iterator[NDArray[Any]]:
         for path in files:
@@ -359,76 +414,88 @@ def _dataset_statistics(files: Sequence[Path], episodes: _Episodes, embodiment: 
             flat = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
             yield np.asarray(flat).reshape(len(column), -1)
 
+    result: dict[str, Any] = {}
     for feature in embodiment.features:
         result[feature.name] = dataset_statistics(lambda name=feature.name: chunks(name))
-    total = int(episodes.frames.sum())
-    for name in DEFAULT_FEATURES:
-        if name == "index":
-            result[name] = arange_statistics(0, total)
-        else:
-            result[name] = dataset_statistics(lambda name=name: chunks(name))
-    return result
+    frames = episodes.frames
+    total = int(frames.sum())
+    longest = int(frames.max())
+    # Frame t is there once for every episode longer than t.
+    longer = np.cumsum(np.bincount(frames, minlength=longest + 1)[::-1])[::-1][1:]
+    steps = np.arange(longest, dtype=np.float64)
+    stamps = (steps / embodiment.fps).astype(np.float32).astype(np.float64)
+    tasks = np.bincount(episodes.task_index, weights=frames.astype(np.float64))
+    found = {
+        "timestamp": weighted_statistics(stamps, longer),
+        "frame_index": weighted_statistics(steps, longer),
+        "episode_index": weighted_statistics(np.arange(len(episodes), dtype=np.float64), frames),
+        "index": arange_statistics(0, total),
+        "task_index": weighted_statistics(np.arange(len(tasks), dtype=np.float64), tasks.astype(np.int64)),
+    }
+    return result | {name: found[name] for name in DEFAULT_FEATURES}
 
 
-def _stage_episodes(staging: Path, episodes: _Episodes, embodiment: Embodiment) -> None:
-    """meta/episodes: one row an episode, files of at most EPISODES_PER_FILE rows."""
+def _stage_episodes(
+    staging: Path, episodes: _Episodes, embodiment: Embodiment, each: Mapping[str, NDArray[Any]]
+) -> None:
+    """meta/episodes: one row an episode, files of at most EPISODES_PER_FILE rows, some rows at a time."""
+    schema = _episodes_table(episodes, embodiment, each, 0, slice(0, 1)).schema
+    for index, rows in enumerate(_blocks(len(episodes), EPISODES_PER_FILE)):
+        tables = (
+            _episodes_table(
+                episodes, embodiment, each, index, slice(rows.start + b.start, rows.start + b.stop)
+            )
+            for b in _blocks(rows.stop - rows.start, EPISODES_AT_A_TIME)
+        )
+        write_parquet(staging / EPISODES_PATH.format(chunk_index=0, file_index=index), tables, schema)
+
+
+def _episodes_table(
+    episodes: _Episodes, embodiment: Embodiment, each: Mapping[str, NDArray[Any]], file: int, block: slice
+) -> pa.Table:
     import pyarrow as pa
 
     fps = embodiment.fps
-    count = len(episodes)
-    chunk, file = zip(*(part_place(int(p)) for p in episodes.home), strict=True)
+    count = block.stop - block.start
+    chunk, place = part_place(episodes.home[block])
     columns: dict[str, Any] = {
-        "episode_index": pa.array(range(count), pa.int64()),
-        "tasks": pa.array([[text] for text in episodes.instruction], pa.list_(pa.string())),
-        "length": pa.array(episodes.frames),
-        "data/chunk_index": pa.array(chunk, pa.int64()),
-        "data/file_index": pa.array(file, pa.int64()),
-        "dataset_from_index": pa.array(episodes.start),
-        "dataset_to_index": pa.array(episodes.stop),
+        "episode_index": pa.array(np.arange(block.start, block.stop)),
+        "tasks": pa.array([[text] for text in episodes.instruction[block]], pa.list_(pa.string())),
+        "length": pa.array(episodes.frames[block]),
+        "data/chunk_index": pa.array(chunk),
+        "data/file_index": pa.array(place),
+        "dataset_from_index": pa.array(episodes.start[block]),
+        "dataset_to_index": pa.array(episodes.stop[block]),
     }
-    video_chunk, video_file_index = zip(*(part_place(int(p)) for p in episodes.part), strict=True)
+    first, frames = episodes.first_frame[block], episodes.frames[block]
+    video_chunk, video_place = part_place(episodes.part[block])
     for key in episodes.streams:
         prefix = f"videos/observation.images.{key}"
-        columns[f"{prefix}/chunk_index"] = pa.array(video_chunk, pa.int64())
-        columns[f"{prefix}/file_index"] = pa.array(video_file_index, pa.int64())
+        columns[f"{prefix}/chunk_index"] = pa.array(video_chunk)
+        columns[f"{prefix}/file_index"] = pa.array(video_place)
         # Frames over fps, not sums of durations: what lerobot's users see drift cannot drift.
-        columns[f"{prefix}/from_timestamp"] = pa.array(episodes.first_frame / fps)
-        columns[f"{prefix}/to_timestamp"] = pa.array((episodes.first_frame + episodes.frames) / fps)
-    if count <= STATISTICS_UP_TO:
-        columns |= _episode_statistics(episodes, embodiment)
-    columns["meta/episodes/chunk_index"] = pa.array([0] * count, pa.int64())
-    columns["meta/episodes/file_index"] = pa.array(np.arange(count) // EPISODES_PER_FILE)
-    columns["split"] = pa.array(episodes.split, pa.string())
-    columns["source_id"] = pa.array(episodes.source_id, pa.string())
-    table = pa.table(columns)
-    for index, start in enumerate(range(0, count, EPISODES_PER_FILE)):
-        part = table.slice(start, EPISODES_PER_FILE)
-        path = staging / EPISODES_PATH.format(chunk_index=0, file_index=index)
-        write_parquet(path, [part], table.schema)
+        columns[f"{prefix}/from_timestamp"] = pa.array(first / fps)
+        columns[f"{prefix}/to_timestamp"] = pa.array((first + frames) / fps)
+    for name, values in each.items():
+        _, feature, statistic = name.split("/")
+        camera = feature.startswith("observation.images.") and statistic != "count"
+        columns[name] = _lists(values[block], camera)
+    if each:
+        columns |= _default_statistics(episodes, fps, block)
+    columns["meta/episodes/chunk_index"] = pa.array(np.zeros(count, np.int64))
+    columns["meta/episodes/file_index"] = pa.array(np.full(count, file, np.int64))
+    columns["split"] = pa.array(episodes.split[block], pa.string())
+    columns["source_id"] = pa.array(episodes.source_id[block], pa.string())
+    return pa.table(columns)
 
 
-def _episode_statistics(episodes: _Episodes, embodiment: Embodiment) -> dict[str, pa.Array]:
+def _default_statistics(episodes: _Episodes, fps: int, block: slice) -> dict[str, pa.Array]:
     import pyarrow as pa
 
     result: dict[str, pa.Array] = {}
-    for key in episodes.streams:
-        histograms = episodes.table.column(f"histogram/{key}").to_pylist()
-        counted = episodes.table.column(f"counted/{key}").to_pylist()
-        each = [
-            histogram_statistics(np.asarray(h, np.int64).reshape(3, 256), n)
-            for h, n in zip(histograms, counted, strict=True)
-        ]
-        for name in STATISTICS:
-            values = [statistics[name] for statistics in each]
-            result[f"stats/observation.images.{key}/{name}"] = pa.array(values, statistics_type(True, name))
-    for feature in embodiment.features:
-        for name in STATISTICS:
-            column = f"stats/{feature.name}/{name}"
-            result[column] = episodes.table.column(column).combine_chunks()
-    fps = embodiment.fps
     for name in DEFAULT_FEATURES:
         each = []
-        for episode in range(len(episodes)):
+        for episode in range(block.start, block.stop):
             frames = int(episodes.frames[episode])
             if name == "timestamp":
                 frame = arange_statistics(0, frames)
@@ -450,22 +517,26 @@ def _stage_own_tables(staging: Path, episodes: _Episodes) -> None:
     """dpipe/episodes.parquet and dpipe/segments.parquet."""
     import pyarrow as pa
 
-    table = pa.table(
-        {
-            "episode_index": pa.array(range(len(episodes)), pa.int64()),
-            "source_id": pa.array(episodes.source_id, pa.string()),
-            "split": pa.array(episodes.split, pa.string()),
-            "variant": episodes.table.column("variant").combine_chunks(),
-            "frames": pa.array(episodes.frames),
-            "instruction": pa.array(episodes.instruction, pa.string()),
-            "content": episodes.table.column("content").combine_chunks(),
-            "metadata": episodes.table.column("metadata").combine_chunks(),
-            "part": pa.array(episodes.home),
-            "video_part": pa.array(episodes.part),
-            "video_first_frame": pa.array(episodes.first_frame),
-        }
-    )
-    write_parquet(staging / "dpipe" / "episodes.parquet", [table], table.schema)
+    def own(block: slice) -> pa.Table:
+        return pa.table(
+            {
+                "episode_index": pa.array(np.arange(block.start, block.stop)),
+                "source_id": pa.array(episodes.source_id[block], pa.string()),
+                "split": pa.array(episodes.split[block], pa.string()),
+                "variant": pa.array([episodes.variant] * (block.stop - block.start), pa.string()),
+                "frames": pa.array(episodes.frames[block]),
+                "instruction": pa.array(episodes.instruction[block], pa.string()),
+                "content": episodes.texts("content", block),
+                "metadata": episodes.texts("metadata", block),
+                "part": pa.array(episodes.home[block]),
+                "video_part": pa.array(episodes.part[block]),
+                "video_first_frame": pa.array(episodes.first_frame[block]),
+            }
+        )
+
+    first = own(slice(0, 1))
+    blocks = list(_blocks(len(episodes)))
+    write_parquet(staging / "dpipe" / "episodes.parquet", map(own, blocks), first.schema)
     schema = pa.schema(
         [
             ("episode_index", pa.int64()),
@@ -475,36 +546,54 @@ def _stage_own_tables(staging: Path, episodes: _Episodes) -> None:
             ("task", pa.string()),
         ]
     )
-    segments = [
-        {"episode_index": episode, **segment}
-        for episode, text in enumerate(episodes.table.column("segments").to_pylist())
-        for segment in json.loads(text)
-    ]
-    write_parquet(
-        staging / "dpipe" / "segments.parquet", [pa.Table.from_pylist(segments, schema=schema)], schema
-    )
+
+    def segments(block: slice) -> pa.Table:
+        rows = [
+            {"episode_index": episode, **segment}
+            for episode, text in enumerate(episodes.texts("segments", block).to_pylist(), block.start)
+            for segment in json.loads(text)
+        ]
+        return pa.Table.from_pylist(rows, schema=schema)
+
+    write_parquet(staging / "dpipe" / "segments.parquet", map(segments, blocks), schema)
 
 
-def _stage_receipts(staging: Path, receipts: pa.Table, episodes: _Episodes, embodiment: Embodiment) -> None:
-    """journal/receipts.parquet: every receipt, with where its rows lie once the moves are made."""
+def _stage_receipts(staging: Path, episodes: _Episodes) -> None:
+    """journal/receipts.parquet: the receipt of every episode, with where its rows lie once the moves are made."""
     import pyarrow as pa
 
-    count = receipts.num_rows
-    located = {name: np.full(count, -1, np.int64) for name in ("file_part", "row_group", *NUMBERS)}
+    receipts = episodes.receipts
+    latest = np.sort(np.fromiter(receipts.latest.values(), np.int64))
+    located = {name: np.full(len(receipts), -1, np.int64) for name in ("file_part", "row_group", *NUMBERS)}
     for part, block in episodes.homes():
-        for group, episode in enumerate(block):
-            row = int(episodes.kept[episode])
-            located["file_part"][row], located["row_group"][row] = part, group
-            for name, value in zip(NUMBERS, episodes.numbers(episode), strict=True):
-                located[name][row] = value
-    table = receipts.drop_columns(["home"])
+        rows = episodes.kept[block.start : block.stop]
+        located["file_part"][rows], located["row_group"][rows] = part, np.arange(len(block))
+    for name, values in zip(NUMBERS, episodes.all_numbers().T, strict=True):
+        located[name][episodes.kept] = values
+    schema = receipt_schema()
     replaced = {"file_part": located["file_part"], "row_group": located["row_group"]}
     replaced |= {f"at_{name}": located[name] for name in NUMBERS}
-    for name, values in replaced.items():
-        table = table.set_column(table.column_names.index(name), name, pa.array(values))
-    table = table.set_column(table.column_names.index("staged"), "staged", pa.array([False] * count))
-    table = table.replace_schema_metadata({"streams": json.dumps(episodes.streams)})
-    write_parquet(staging / "dpipe" / "journal" / "receipts.parquet", [table], table.schema)
+
+    def facts(block: slice) -> pa.Table:
+        rows = latest[block]
+        columns = []
+        for field in schema:
+            if field.name == "staged":
+                columns.append(pa.array(np.zeros(len(rows), np.int8)))
+            elif field.name in replaced:
+                columns.append(pa.array(replaced[field.name][rows]))
+            else:
+                column = receipts.column(field.name, rows)
+                coded = pa.types.is_dictionary(field.type)
+                columns.append(column.dictionary_encode() if coded else column)
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    streams = json.dumps(episodes.streams)
+    write_parquet(
+        staging / "dpipe" / "journal" / "receipts.parquet",
+        map(facts, _blocks(len(latest))),
+        schema.with_metadata({"streams": streams}),
+    )
 
 
 def _commit(root: Path, staging: Path) -> None:
@@ -516,13 +605,14 @@ def _commit(root: Path, staging: Path) -> None:
     moves = [m for m in moves if m not in last and m != "moves.json"] + last
     before = {p.relative_to(root).as_posix() for p in (root / "meta" / "episodes").rglob("*.parquet")}
     stale = sorted(before - set(moves))
-    parts = sorted((root / "dpipe" / "journal" / "parts").glob("part-*.parquet"))
+    parts = sorted((root / "dpipe" / "journal" / "parts").glob("part-*"))
     remove = stale + [p.relative_to(root).as_posix() for p in parts]
     write_json(staging / "moves.json", {"moves": moves, "remove": remove})
     _apply(root, {"moves": moves, "remove": remove})
 
 
 def _apply(root: Path, log: Mapping[str, list[str]]) -> None:
+    """Make the moves; each folder is made durable once, and before the two files that make it a dataset."""
     staging = root / "dpipe" / "staging"
     first = [m for m in log["moves"] if (staging / m).is_file()]
     if "meta/info.json" in first:
@@ -531,29 +621,48 @@ def _apply(root: Path, log: Mapping[str, list[str]]) -> None:
             (root / name).unlink(missing_ok=True)
     for name in log["remove"]:
         (root / name).unlink(missing_ok=True)
-    for name in first:
+    folders = sorted({(root / name).parent for name in log["moves"]})
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in first[:-2]:
+        POINT(f"rename {name}")
+        (staging / name).replace(root / name)
+    for folder in folders:
+        POINT(f"fsync {folder.name}")
+        sync_folder(folder)
+    for name in first[-2:]:
         move_file(staging / name, root / name)
     shutil.rmtree(staging)
 
 
-def _all_dropped(receipts: Sequence[Mapping[str, Any]], scanned: Sequence[Dropped]) -> list[Dropped]:
-    late = [
-        Dropped(r["source_id"], (), r["dropped"], r["remedy"], r["split"]) for r in receipts if r["dropped"]
-    ]
-    return sorted([*scanned, *late], key=lambda d: (d.split, d.source_id))
-
-
-def _state(alive: Sequence[Mapping[str, Any]], dropped: Sequence[Dropped], *settings: Any) -> str:
-    """Digest of everything the tables are made from: equal means there is nothing to do."""
+def _state(
+    known: Receipts, order: Sequence[str], scanned: Sequence[Dropped], *settings: Any
+) -> tuple[str, NDArray[np.int64], list[Dropped]]:
+    """Digest of everything the tables are made from (equal: nothing to do), rows of kept receipts, what is left out."""
     import xxhash
 
+    rows = np.fromiter((known.latest.get(s, -1) for s in order), np.int64, len(order))
+    rows = rows[rows >= 0]
+    bad = {row: text for row, text in enumerate(known.texts("dropped")) if text}
+    late = []
+    if bad:
+        split, remedy = known.texts("split"), known.texts("remedy")
+        late = [
+            Dropped(known.source_ids[row], (), bad[row], remedy[row], split[row])
+            for row in rows.tolist()
+            if row in bad
+        ]
+        rows = rows[[row not in bad for row in rows.tolist()]]
+    dropped = sorted([*scanned, *late], key=lambda d: (d.split, d.source_id))
     hasher = xxhash.xxh3_128()
-    for receipt in alive:
-        hasher.update(f"{receipt['source_id']}\n{receipt['raw_digest']}\n{receipt['part']}\n".encode())
+    digests = [text for (text,) in known.rows(["raw_digest"])]
+    parts = known.numbers("part")
+    for row in rows.tolist():
+        hasher.update(f"{known.source_ids[row]}\n{digests[row]}\n{parts[row]}\n".encode())
     facts = [d.to_json() for d in dropped]
     plain = [s.to_json() if isinstance(s, VideoOptions) else s for s in settings]
     hasher.update(json.dumps([facts, plain], sort_keys=True, default=str).encode())
-    return hasher.hexdigest()
+    return hasher.hexdigest(), rows, dropped
 
 
 def _split_ranges(splits: Sequence[str]) -> dict[str, str]:
@@ -593,15 +702,12 @@ def _embodiment_json(embodiment: Embodiment, variant: str) -> dict[str, Any]:
     }
 
 
-def _payload_files(root: Path, episodes: _Episodes) -> Iterator[Path]:
-    chunks = {
-        DATA_PATH.format(chunk_index=c, file_index=f) for c, f in map(part_place, map(int, episodes.home))
-    }
-    for relative in sorted(chunks):
-        for path in (root / relative, root / "dpipe" / "staging" / relative):
+def _payload_bytes(root: Path, episodes: _Episodes) -> int:
+    """Bytes of data files, those already in place or still staged, and of every video."""
+    size = 0
+    for part in np.unique(episodes.home).tolist():
+        for path in (root / data_file(part), staged_data(root, part)):
             if path.is_file():
-                yield path
+                size += path.stat().st_size
                 break
-    for path in sorted((root / "videos").rglob("*.mp4")):
-        if not path.name.startswith("."):
-            yield path
+    return size + sum(p.stat().st_size for p in (root / "videos").rglob("*.mp4") if p.name[0] != ".")
