@@ -7,7 +7,7 @@ DEMO ?= demo
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types test test-fast demo bench soak fuzz clean
+.PHONY: help setup fmt lint types test test-fast demo bench soak fuzz docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -50,6 +50,9 @@ soak: setup  ## long counted runs: kills and corruptions, seeded and resumable
 
 fuzz: setup  ## bounded fuzzing of every reader
 	$(BIN)/python bench/fuzz.py
+
+docs: setup  ## write the pages below docs/ that are made from the code
+	$(BIN)/python docs/generate.py
 
 clean:  ## remove what demo and tests left (not .venv)
 	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis bench/out
