@@ -48,6 +48,20 @@ class Spool:
             data = file.read(section.size)
         return np.frombuffer(data, section.dtype).reshape(section.shape)
 
+    def pieces(self, name: str, lengths: NDArray[np.integer[Any]]) -> list[bytes]:
+        """A section that holds one piece after another."""
+        section = self.sections[name]
+        with open(self.path, "rb") as file:
+            file.seek(section.offset)
+            return [file.read(length) for length in lengths.tolist()]
+
+
+def spool_name(source_id: str) -> str:
+    """What an episode's spool file is called, after the number of its part."""
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(source_id.encode())
+
 
 def write_spool(
     path: Path,

@@ -61,6 +61,9 @@ ARRAYS = {
 }
 ONE_PAGE = 2**30  # larger than any column chunk of 512 rows
 
+# (episode, camera) -> its JPEGs at the stored size, one a frame, or None where there are none.
+ReadyFrames = Callable[[int, str], "list[bytes] | None"]
+
 
 @dataclass(frozen=True)
 class ShardOptions:
@@ -84,6 +87,11 @@ class ShardOptions:
             raise UsageError(
                 f"JPEG quality {self.quality}, short side {self.short_side}: expected 1-100, 8 or more"
             )
+
+    def stored_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a camera's JPEGs, from that of its frames."""
+        scale = min(1.0, self.short_side / min(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
     @property
     def variant(self) -> str:
@@ -177,9 +185,7 @@ def plan_shards(dataset: Dataset, options: ShardOptions) -> ShardPlan:
         features[name] = {"dtype": str(values.dtype), "shape": list(values.shape[1:]) or [1], "names": None}
     cameras = {}
     for camera in dataset.cameras if options.frames == "jpeg" else ():
-        height, width = dataset.camera_size(camera)
-        scale = min(1.0, options.short_side / min(height, width))
-        cameras[camera] = (max(1, round(height * scale)), max(1, round(width * scale)))
+        cameras[camera] = options.stored_size(*dataset.camera_size(camera))
         features[camera] = {
             "dtype": "image",
             "shape": [*cameras[camera], 3],
@@ -203,7 +209,7 @@ def _target_columns(
 def encode_frames(frames: NDArray[np.uint8], size: tuple[int, int], quality: int) -> list[bytes]:
     """Frames [n, H, W, 3] as JPEGs (4:2:0) of `size` (height, width).
 
-    A converter that holds raw frames may call this beside its video encoder: shards then cost no decoding.
+    A conversion that holds recorded frames calls this beside its video encoder: shards then cost no decoding.
     """
     import simplejpeg
 
@@ -396,8 +402,13 @@ def read_values(data: Any, base: int, column: Column, first: int, count: int) ->
     return flat.reshape(count, column.dim) if column.dim else flat
 
 
-def write_part(dataset: Dataset, out: Path, number: int, options: ShardOptions) -> int:
-    """One part's file and receipt, unless they are there already; its number of frames."""
+def write_part(
+    dataset: Dataset, out: Path, number: int, options: ShardOptions, ready: ReadyFrames | None = None
+) -> int:
+    """One part's file and receipt, unless they are there already; its number of frames.
+
+    `ready` gives an episode's JPEGs where a conversion made them; other episodes are decoded from the dataset.
+    """
     plan = plan_shards(dataset, options)
     episodes = dataset.parts()[number]
     frames = int(dataset.episodes.length[episodes.start : episodes.stop].sum())
@@ -416,12 +427,17 @@ def write_part(dataset: Dataset, out: Path, number: int, options: ShardOptions) 
             columns = dataset.columns(own, episode)
             columns |= _target_columns(dataset, options, np.arange(first, first + length))
             tasks = [dataset.tasks[i] for i in columns["task_index"].tolist()]
+            made = {camera: ready(episode, camera) if ready else None for camera in plan.cameras}
             for start in range(0, length, GROUP_ROWS):
                 stop = min(start + GROUP_ROWS, length)
-                pictures = {
-                    camera: encode_frames(dataset.frames(episode, camera, start, stop), size, options.quality)
-                    for camera, size in plan.cameras.items()
-                }
+                pictures = {}
+                for camera, size in plan.cameras.items():
+                    jpegs = made[camera]
+                    if jpegs is None:
+                        frames_here = dataset.frames(episode, camera, start, stop)
+                        pictures[camera] = encode_frames(frames_here, size, options.quality)
+                    else:
+                        pictures[camera] = jpegs[start:stop]
                 rows = {name: columns[name][start:stop] for name in names}
                 writer.write(rows, tasks[start:stop], pictures)
         places = writer.close()
