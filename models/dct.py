@@ -7,8 +7,9 @@ semantic tower is named with  --tower hf:<folder or id>.
 
 The cosines are continuous and a pixel is a square of constant colour, so a coefficient is an exact integral:
 phi_0 = 1, phi_u(x) = sqrt(2) cos(pi u x) on a patch of unit length (orthonormal: squared coefficients sum to
-at most the mean square of the patch, Bessel). No resize is needed, and an image whose pixels are each
-repeated k x k has the very same features.
+at most the mean square of the patch, Bessel). Up to 128 pixels a side no resize is needed, and an image whose
+pixels are each repeated k x k has the very same features. Longer sides are averaged down to 128 first, 16
+pixels a patch, which the highest cosine (two and a half periods) survives: best while decoding, see `frame_size`.
 
 Colour: ITU-R BT.601 luma in [-0.5, 0.5]; Cb = 0.564 (B - Y), Cr = 0.713 (R - Y), both in [-0.5, 0.5].
 """
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 GRID = 8  # patches per side: 64 tokens, as many as DIAL takes from its tower at 224 px
 LUMA, CHROMA = 20, 6  # coefficients kept of each plane, lowest first
+LARGEST = 128  # pixels of a side that are looked at: 1080p would cost a hundred times the decoding
 
 _TO_YCC = np.array(
     [
@@ -75,33 +77,29 @@ class DctTower:
             "tower": "embedded",
             "family": "dct",
             "tensor": "patch cosines",
-            "version": 1,
+            "version": 2,
             "grid": [GRID, GRID],
             "width": self.width,
             "luma": [list(f) for f in self._luma],
             "chroma": [list(f) for f in self._chroma],
             "colour": "BT.601, full range, luma minus 0.5",
-            "preprocess": {"resize": None, "crop": None},
+            "preprocess": {"resize": f"sides above {LARGEST} averaged over area to {LARGEST}", "crop": None},
         }
 
-    def encode(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], tuple[int, int]]:
-        planes = np.moveaxis(images.astype(np.float32), -1, 1) / np.float32(255)  # [B, 3, H, W]
-        planes = np.einsum("kc,bchw->bkhw", _TO_YCC.astype(np.float32), planes).astype(np.float32)
-        planes[:, 0] -= 0.5
-        parts = [self._project(planes[:, 0], self._luma)]
-        parts += [self._project(planes[:, k], self._chroma) for k in (1, 2)]
-        return np.concatenate(parts, axis=-1), (GRID, GRID)
+    def frame_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size frames of height x width may be averaged down to while they are decoded."""
+        return min(height, LARGEST), min(width, LARGEST)
 
-    def _project(self, plane: NDArray[np.float32], chosen: list[tuple[int, int]]) -> NDArray[np.float32]:
-        """[B, H, W] -> [B, 64, len(chosen)]."""
-        batch, height, width = plane.shape
-        size = 1 + max(max(pair) for pair in chosen)
-        rows = cosine_basis(height, GRID, size).astype(np.float32)
-        columns = cosine_basis(width, GRID, size).astype(np.float32)
-        table = (rows @ plane @ columns.T).reshape(batch, GRID, size, GRID, size)
-        table = table.transpose(0, 1, 3, 2, 4).reshape(batch, GRID * GRID, size, size)
-        u, v = np.array(chosen).T
-        return np.ascontiguousarray(table[:, :, u, v], dtype=np.float32)
+    def encode(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], tuple[int, int]]:
+        images = average(images, self.frame_size(*images.shape[1:3]))
+        batch, height, width, _ = images.shape
+        rows, columns, chosen = _transforms(height, width)
+        # One small product of the same shape for each image: a batch changes no bit of its members.
+        pixels = images.reshape(batch, height, width * 3).astype(np.float32)
+        table = np.matmul(np.matmul(rows, pixels), columns).reshape(batch, -1)
+        features = table[:, chosen].reshape(batch, GRID * GRID, self.width)
+        features[:, :, 0] -= 0.5  # luma's own cosine of frequency 0
+        return features, (GRID, GRID)
 
     def decode(self, features: NDArray[Any], height: int, width: int) -> NDArray[np.uint8]:
         """The picture the features hold, uint8 [B, height, width, 3]: for a person to look at."""
@@ -134,3 +132,39 @@ def _samples(pixels: int, size: int) -> NDArray[np.float64]:
     values = np.cos(np.pi * np.arange(size)[:, None] * (where - patch)) * np.sqrt(2)
     values[0] = 1.0
     return np.where(patch == np.arange(GRID)[:, None], 1.0, 0.0)[:, None] * values
+
+
+def average(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """[B, H, W, 3] -> [B, *size, 3], each pixel the mean of the area it covers."""
+    if images.shape[1:3] == size:
+        return images
+    from PIL import Image
+
+    box = Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(image).resize(size[::-1], box)) for image in images])
+
+
+@lru_cache(maxsize=16)
+def _transforms(height: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.intp]]:
+    """What makes features of uint8 pixels in two products: rows [G U, height], columns [width 3, G (U + 2 V)].
+
+    Colour is part of `columns`: U cosines of luma and V of each chroma for every patch. The third are the
+    places in the flattened result [G U, G (U + 2 V)] of each token's coefficients, in the order of a feature.
+    """
+    luma, chroma = lowest_frequencies(LUMA), lowest_frequencies(CHROMA)
+    side, chroma_side = (1 + max(max(pair) for pair in pairs) for pairs in (luma, chroma))
+    rows = cosine_basis(height, GRID, side)
+    parts, firsts = [], []
+    for plane, kept in zip(_TO_YCC / 255, (side, chroma_side, chroma_side), strict=True):
+        firsts.append(sum(part.shape[0] for part in parts))
+        basis = cosine_basis(width, GRID, kept)
+        parts.append((basis[:, :, None] * plane).reshape(len(basis), width * 3))
+    columns = np.concatenate(parts).T
+    chosen = [
+        (row * side + u) * columns.shape[1] + firsts[plane] + column * kept + v
+        for row in range(GRID)
+        for column in range(GRID)
+        for plane, (pairs, kept) in enumerate(((luma, side), (chroma, chroma_side), (chroma, chroma_side)))
+        for u, v in pairs
+    ]
+    return rows.astype(np.float32), np.ascontiguousarray(columns, np.float32), np.array(chosen)

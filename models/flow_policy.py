@@ -161,6 +161,7 @@ class EmbeddedFlow:
         self.network.to(device).eval().requires_grad_(False)
         self.action = Normaliser.from_json(told["action"])
         self.cameras, self.chunk, self.future = self.config.cameras, self.config.chunk, self.config.future
+        self.frame_size = (self.config.image_size, self.config.image_size)
         self._told, self._device = told, device
         hasher = xxhash.xxh3_128()
         for name, value in sorted(weights.items()):
@@ -192,7 +193,7 @@ class EmbeddedFlow:
         video_times: NDArray[np.float32],
         video_seeds: NDArray[np.uint64],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """See `PrivilegedBase`: v_base and v_teacher, each [B, K, A], from one present, x and noised future."""
+        """See `PrivilegedBase`: v_base and v_teacher, each [B, k, K, A]; a frame is encoded once for all draws."""
         network, device = self.network, self._device
 
         def tensor(values: NDArray[Any]) -> Tensor:
@@ -202,19 +203,20 @@ class EmbeddedFlow:
             frames = [tensor(images[camera]) for camera in self.cameras]
             robot = tensor(np.asarray(state, dtype=np.float32))
             seen = network.encoder(frames, robot, text_ids(texts).to(device))
-            raw = network.latents_of([tensor(future[camera]) for camera in self.cameras])
-            noise = tensor(flow_noise(video_seeds, *self.config.latent_shape))
-            video_u = tensor(video_times)
+            raw = network.standardise(network.latents_of([tensor(future[camera]) for camera in self.cameras]))
+            batch, draws = times.shape
+            noise = tensor(flow_noise(video_seeds.reshape(-1), *self.config.latent_shape))
+            video_u = tensor(video_times.reshape(-1))
             level = shifted_sigma(video_u)[:, None, None]
-            latents = (1 - level) * network.standardise(raw) + level * noise
-            args = seen, tensor(noisy), tensor(times), latents, video_u
-            hidden, peeking = (
-                torch.zeros(len(robot), dtype=torch.bool),
-                torch.ones(len(robot), dtype=torch.bool),
-            )
-            base, _ = network(*args, hidden.to(device))
-            teacher, _ = network(*args, peeking.to(device))
-        return base.float().cpu().numpy(), teacher.float().cpu().numpy()
+            latents = (1 - level) * raw.repeat_interleave(draws, 0) + level * noise
+            x, u = tensor(noisy.reshape(batch * draws, *noisy.shape[2:])), tensor(times.reshape(-1))
+            args = seen.repeat_interleave(draws, 0), x, u, latents, video_u
+            visible = torch.zeros(batch * draws, dtype=torch.bool, device=device)
+            base, _ = network(*args, visible)
+            teacher, _ = network(*args, ~visible)
+        return base.float().cpu().numpy().reshape(noisy.shape), teacher.float().cpu().numpy().reshape(
+            noisy.shape
+        )
 
 
 def save_flow(folder: Path, network: FlowPolicy, action: Normaliser, training: Mapping[str, Any]) -> None:

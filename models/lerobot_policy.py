@@ -83,6 +83,7 @@ class LeRobotPolicy:
         self.chunk = int(getattr(config, "chunk_size", None) or getattr(config, "horizon", 1))
         self.action_dim = int((config.output_features or {})["action"].shape[0])
         self.grippers: tuple[int, ...] = ()  # lerobot regresses grippers as it does the rest
+        self.frame_size: tuple[int, int] | None = None  # its own preprocessor resizes
         self.action = self._normaliser(config)
 
     @property

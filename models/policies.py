@@ -45,6 +45,7 @@ class Teacher(Protocol):
     width: int
     action: Normaliser
     grippers: tuple[int, ...]
+    frame_size: tuple[int, int] | None  # what frames may be averaged down to while they are decoded
 
     @property
     def digest(self) -> str: ...
@@ -73,6 +74,7 @@ class AnchorPolicy(Protocol):
     chunk: int
     action: Normaliser
     grippers: tuple[int, ...]
+    frame_size: tuple[int, int] | None  # what frames may be averaged down to while they are decoded
 
     @property
     def digest(self) -> str: ...
@@ -273,6 +275,7 @@ class _Opened:
         self.config, self._told, self._device = config, told, device
         self.action = Normaliser.from_json(told["action"])
         self.cameras, self.grippers, self.width = config.cameras, config.grippers, config.width
+        self.frame_size = (config.image_size, config.image_size)
         hasher = xxhash.xxh3_128()
         for name, value in sorted(weights.items()):
             hasher.update(name.encode())

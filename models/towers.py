@@ -21,7 +21,8 @@ class VisionTower(Protocol):
 
     The digest covers weights, preprocessing and which tensor is taken, so that a cache made with one tower
     refuses to be read as another's. `encode_torch` is the same on a tensor (uint8 [B, H, W, 3]) and stays on
-    the tower's device; towers without torch do not offer it.
+    the tower's device; towers without torch do not offer it. A tower that would average frames down anyway
+    says to what by `frame_size(height, width)`, so that they are never decoded any larger.
     """
 
     @property

@@ -24,10 +24,9 @@ import os
 import queue
 import shutil
 import threading
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,6 @@ from ..stages import (
     Run,
     Stage,
     build_params,
-    default_of,
     load_stage,
 )
 from ..streams.arrays import ArrayWriter, open_array, write_group
@@ -59,10 +57,10 @@ if TYPE_CHECKING:
 TARGETS = Path("dpipe") / "targets"
 PREFETCHED_BLOCKS = 2
 WAITING_BLOCKS = 4
+NEAR_FRAMES = 8  # pictures further apart than this are not read through
 COPIED_ROWS = 1024
 # Parts below this are synced once, together, before the contract; until then a rerun checks their digests.
 DURABLE_BYTES = 32 * 2**20
-NEAR_FRAMES = 8  # frames further apart than this are decoded one by one rather than read through
 
 
 @dataclass(frozen=True)
@@ -173,9 +171,11 @@ class DiskEpisode:
         found = self.owner.columns(names, self.span)
         return {name: values.reshape(len(values), -1) for name, values in found.items()}
 
-    def images(self, camera: str, rows: NDArray[np.int64], block: int) -> Iterator[NDArray[np.uint8]]:
+    def images(
+        self, camera: str, rows: NDArray[np.int64], block: int, size: tuple[int, int] | None = None
+    ) -> Iterator[NDArray[np.uint8]]:
         ahead = self.owner.ahead.get(camera)
-        wanted = [(self.index, camera, rows[i : i + block]) for i in range(0, len(rows), block)]
+        wanted = [(self.index, camera, rows[i : i + block], size) for i in range(0, len(rows), block)]
         if ahead is not None and ahead.serves(wanted):
             for _ in wanted:
                 yield ahead.next()
@@ -188,7 +188,8 @@ class DiskEpisode:
             own.close()
 
 
-Wanted = tuple[int, str, "NDArray[np.int64]"]  # episode, camera, rising rows of one block
+# episode, camera, rising rows of one block, (height, width) to decode to
+Wanted = tuple[int, str, "NDArray[np.int64]", tuple[int, int] | None]
 
 
 class _DecodedAhead:
@@ -206,7 +207,8 @@ class _DecodedAhead:
         """Whether these are exactly the next blocks."""
         mine = self._wanted[self._given : self._given + len(wanted)]
         return len(mine) == len(wanted) and all(
-            a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in zip(mine, wanted, strict=True)
+            (a[0], a[1], a[3]) == (b[0], b[1], b[3]) and np.array_equal(a[2], b[2])
+            for a, b in zip(mine, wanted, strict=True)
         )
 
     def next(self) -> NDArray[np.uint8]:
@@ -222,8 +224,8 @@ class _DecodedAhead:
 
     def _decode_all(self) -> None:
         try:
-            for episode, camera, rows in self._wanted:
-                if not self._put(self._decode(episode, camera, rows)):
+            for wanted in self._wanted:
+                if not self._put(self._decode(*wanted)):
                     return
         except BaseException as error:  # noqa: BLE001 - raised again where the block was waited for
             self._put(error)
@@ -237,15 +239,20 @@ class _DecodedAhead:
                 continue
         return False
 
-    def _decode(self, episode: int, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def _decode(
+        self, episode: int, camera: str, rows: NDArray[np.int64], size: tuple[int, int] | None
+    ) -> NDArray[np.uint8]:
         # One decoder per file is kept open by the dataset: two cameras take turns.
         with self._owner.lock:
-            read = self._owner.dataset.frames
-            if len(rows) > 1 and np.diff(rows).max() > NEAR_FRAMES:
-                return np.concatenate([read(episode, camera, int(t), int(t) + 1) for t in rows])
-            first = int(rows[0])
-            frames = read(episode, camera, first, int(rows[-1]) + 1)
-            return frames if len(frames) == len(rows) else frames[rows - first]
+            dataset = self._owner.dataset
+            if dataset.features[camera]["dtype"] == "video":
+                first = int(dataset.episodes.cameras[camera].first_frame[episode])
+                return dataset.video(episode, camera, size).read(first + rows)
+            cuts = np.flatnonzero(np.diff(rows) > NEAR_FRAMES) + 1
+            spans = [(run, int(run[0])) for run in np.split(rows, cuts)]
+            return np.concatenate(
+                [dataset.frames(episode, camera, at, int(run[-1]) + 1)[run - at] for run, at in spans]
+            )
 
 
 class _Direct:
@@ -414,16 +421,16 @@ class _TargetRun:
         }
 
     def make(self, workers: int, scheduler: str | None, max_time_s: float | None) -> TargetMade:
-        self._refuse_other_terms()
+        self.refuse_other_terms()
         with exclusive(self.folder, f"dpipe precompute {self.stage.name}"):
             remove_temporaries(self.folder)
             _remove_half_arrays(self.folder)
             prepared = self._prepare()
             specs = self.stage.makes(self.params, self.view.info, prepared)
-            jobs = self._jobs(prepared)
+            jobs = self.jobs(prepared)
             self.finished = _finished_keys(self.folder)
             wanted = {job.key: job for job in jobs}
-            waiting = [job for job in jobs if not self._is_done(job, specs)]
+            waiting = [job for job in jobs if not self.is_done(job, specs)]
             require_space(self.folder, self._bytes(specs, waiting), f"dpipe precompute {self.stage.name}")
             copies = self._copies(prepared, specs)
             counts = {"computed": 0, "copied": 0}
@@ -463,7 +470,7 @@ class _TargetRun:
             _read_json(self.folder / "report.json") if (self.folder / "report.json").is_file() else {},
         )
 
-    def _refuse_other_terms(self) -> None:
+    def refuse_other_terms(self) -> None:
         """A target of this name made with other options stays what it is."""
         path = self.folder / "prepared.json"
         if not path.is_file():
@@ -513,7 +520,7 @@ class _TargetRun:
         )
         return _load_prepared(self.folder, _read_json(path))
 
-    def _jobs(self, prepared: Prepared) -> list[PartJob]:
+    def jobs(self, prepared: Prepared) -> list[PartJob]:
         self.pixels = pixel_identity(self.dataset, str(prepared.contract.get("camera", "")))
         settled = prepared_digest(prepared)
         terms = digest_of([str(self.folder), self.terms, settled, contents_digest(self.contents)])
@@ -563,7 +570,7 @@ class _TargetRun:
             }
         return places
 
-    def _is_done(self, job: PartJob, specs: Sequence[ArraySpec]) -> bool:
+    def is_done(self, job: PartJob, specs: Sequence[ArraySpec]) -> bool:
         if not receipt_path(job).is_file():
             return False
         return all(
@@ -627,6 +634,24 @@ class _TargetRun:
         write_json(path, plain(done))
         _remove_unused(self.folder, specs, jobs)
         return done
+
+
+def target_parts(
+    dataset: Dataset, stage_name: str, params: Mapping[str, Any], base: Path, name: str = ""
+) -> tuple[Path, list[int]]:
+    """(folder, parts still to be made) of a target as it stands; nothing is written."""
+    stage = load_stage(stage_name)
+    run = _TargetRun(
+        dataset, stage, build_params(stage, params), base, name, False, None, Progress(quiet=True)
+    )
+    run.refuse_other_terms()
+    path = run.folder / "prepared.json"
+    saved = _read_json(path) if path.is_file() else {"fitted_on": []}
+    if not set(saved["fitted_on"]) & set(run.contents):
+        return run.folder, list(range(len(dataset.parts())))
+    prepared = _load_prepared(run.folder, saved)
+    specs = stage.makes(run.params, run.view.info, prepared)
+    return run.folder, [job.part for job in run.jobs(prepared) if not run.is_done(job, specs)]
 
 
 def make_part(job: PartJob) -> dict[str, Any]:
@@ -720,7 +745,8 @@ def _decode_ahead(
         wanted: list[Wanted] = []
         for e in episodes:
             rows = np.arange(0, int(view.dataset.episodes.length[e]), wish.every)
-            wanted += [(e, wish.camera, rows[i : i + wish.block]) for i in range(0, len(rows), wish.block)]
+            cuts = range(0, len(rows), wish.block)
+            wanted += [(e, wish.camera, rows[i : i + wish.block], wish.size) for i in cuts]
         ahead[wish.camera] = _DecodedAhead(view, wanted)
     return ahead
 
@@ -900,109 +926,3 @@ def _remove_half_arrays(folder: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
-
-
-# --- what there is to make ----------------------------------------------------------------------------------
-
-
-def stage_options(stage: Stage) -> list[tuple[str, type, Any, str]]:
-    """(option, type, default, help) of a stage, for the command line."""
-    return [
-        (
-            f"--{entry.name.replace('_', '-')}",
-            type(default_of(entry)),
-            default_of(entry),
-            entry.metadata["help"],
-        )
-        for entry in fields(stage.Params)
-    ]
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What a stage would cost for a dataset with its default options, from a short probe."""
-
-    stage: str
-    summary: str
-    recipes: tuple[str, ...]
-    bytes: int = 0
-    seconds: float = 0.0
-    made: tuple[str, ...] = ()  # variants that exist
-    needs: str = ""  # what is missing before it can run at all
-
-
-PROBE_FRAMES = 256
-
-
-def stage_costs(
-    dataset_root: Path, out: Path | None = None, params: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[StageCost]:
-    """Every stage, its bytes and seconds for this dataset: a few episodes are worked on and thrown away.
-
-    Stages that write files of their own (shards) are listed without figures.
-    """
-    from ..stages import STAGES
-
-    dataset = open_dataset(dataset_root)
-    base = out or dataset.root / TARGETS
-    costs = []
-    for name in STAGES:
-        stage = load_stage(name)
-        made = sorted(path.parent.name for path in (base / name).glob("*/contract.json"))
-        told = (name, stage.summary, stage.recipes)
-        if not isinstance(stage, Stage):
-            costs.append(StageCost(*told, made=tuple(made)))
-            continue
-        try:
-            chosen = build_params(stage, (params or {}).get(name, {}))
-            size, seconds = _probe(stage, chosen, dataset)
-        except (UsageError, DataError) as error:
-            costs.append(StageCost(*told, made=tuple(made), needs=str(error)))
-            continue
-        costs.append(StageCost(*told, size, seconds, tuple(made)))
-    return costs
-
-
-def _probe(stage: Stage, params: Any, dataset: Dataset) -> tuple[int, float]:
-    """(bytes, seconds) of the whole dataset, by what its first few hundred frames take."""
-    lengths = dataset.episodes.length
-    count = max(1, int(np.searchsorted(np.cumsum(lengths), PROBE_FRAMES, side="right")))
-    view = _FirstEpisodes(DiskDataset(dataset), count)
-    prepared = stage.prepare(params, view)
-    specs = stage.makes(params, view.info, prepared)
-    run = stage.open(params, view.info, prepared)
-    list(run(view.episode(0)))  # warm: imports, decoder, page cache
-    start = time.perf_counter()
-    rows = 0
-    for position in range(count):
-        for block in run(view.episode(position)):
-            rows += sum(values.nbytes for name, values in block.items() if _is_ragged(specs, name))
-    seconds = time.perf_counter() - start
-    share = int(lengths.sum()) / max(1, int(lengths[:count].sum()))
-    return expected_bytes(specs, lengths) + round(rows * share), seconds * share
-
-
-def _is_ragged(specs: Sequence[ArraySpec], name: str) -> bool:
-    return any(spec.name == name and not spec.every for spec in specs)
-
-
-@dataclass
-class _FirstEpisodes:
-    """A `DatasetView` of the first few episodes."""
-
-    owner: DiskDataset
-    count: int
-    info: DatasetInfo = field(init=False)
-
-    def __post_init__(self) -> None:
-        frames = int(self.owner.dataset.episodes.length[: self.count].sum())
-        self.info = replace(self.owner.info, episodes=self.count, frames=frames)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def episode(self, position: int) -> DiskEpisode:
-        return self.owner.episode(position)
-
-    def stretches(self) -> Iterator[DiskEpisode]:
-        return (self.owner.episode(position) for position in range(self.count))

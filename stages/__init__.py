@@ -86,6 +86,7 @@ class FrameWish:
     camera: str
     every: int
     block: int
+    size: tuple[int, int] | None = None  # (height, width) the decoder may average them down to
 
 
 class EpisodeView(Protocol):
@@ -113,10 +114,13 @@ class EpisodeView(Protocol):
         """Native columns, each [T, D] (D = 1 for scalars)."""
         ...
 
-    def images(self, camera: str, rows: NDArray[np.int64], block: int) -> Iterator[NDArray[np.uint8]]:
+    def images(
+        self, camera: str, rows: NDArray[np.int64], block: int, size: tuple[int, int] | None = None
+    ) -> Iterator[NDArray[np.uint8]]:
         """The frames `rows` (rising) of a camera as blocks of at most `block`: uint8 RGB [n, H, W, 3].
 
-        The next block is decoded while the caller works on this one.
+        The next block is decoded while the caller works on this one. With `size` a video's frames come averaged
+        over area to that (height, width), for models that would do so anyway; stored pictures come as they are.
         """
         ...
 

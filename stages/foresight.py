@@ -147,6 +147,21 @@ def encode(
     return tower.encode(np.ascontiguousarray(view_of(crop_frames(frames, params.crop), view)))[0]
 
 
+def read_size(tower: VisionTower, params: Params, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The (height, width) a camera's frames are decoded to, where the tower would average them down anyway.
+
+    A crop is a share of the picture: the whole is read so large that the crop is still as large as the tower looks at.
+    """
+    wanted = getattr(tower, "frame_size", None)
+    if wanted is None:
+        return None
+    top, bottom, left, right = parse_crop(params.crop)
+    height, width = crop_frames(np.empty((1, *size, 3), np.uint8), params.crop).shape[1:3]
+    rows, columns = wanted(height, width)
+    smaller = min(size[0], round(rows / (bottom - top))), min(size[1], round(columns / (right - left)))
+    return smaller if smaller != size else None
+
+
 def grid_of(tower: VisionTower, params: Params, size: tuple[int, int]) -> tuple[int, int]:
     """The tower's grid for frames of a camera's size, after the crop."""
     height, width = crop_frames(np.empty((1, *size, 3), np.uint8), params.crop).shape[1:3]
@@ -179,6 +194,7 @@ def prepare(params: Params, dataset: DatasetView) -> Prepared:
     grid = grid_of(tower, params, info.cameras[camera])
     told = tower.describe()
     facts: dict[str, Any] = {"tower": told, "camera": camera, "grid": list(grid), "width": tower.width}
+    facts["read_size"] = read_size(tower, params, info.cameras[camera])
     code = Code("float32", params.pool)
     if not params.in_loop:
         fitted = params.pca > 0 or params.storage == "int8"
@@ -254,6 +270,7 @@ def _pilot(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
     """Features of up to `pairs` frames spread evenly over the dataset, and of the frames `at` ahead."""
     lengths = np.array([dataset.episode(i).frames for i in range(len(dataset))])
+    size = read_size(tower, params, dataset.info.cameras[camera])
     starts = np.r_[0, np.cumsum(lengths)[:-1]]
     wanted = np.unique(np.linspace(0, lengths.sum() - 1, min(pairs, int(lengths.sum()))).astype(np.int64))
     owner = np.searchsorted(starts, wanted, side="right") - 1
@@ -264,7 +281,7 @@ def _pilot(
         second = np.minimum(first + params.at, view.frames - 1)
         rows = np.unique(np.r_[first, second])
         features = np.concatenate(
-            [encode(tower, block, params) for block in view.images(camera, rows, params.batch)]
+            [encode(tower, block, params) for block in view.images(camera, rows, params.batch, size)]
         )
         now.append(features[np.searchsorted(rows, first)])
         later.append(features[np.searchsorted(rows, second)])
@@ -277,11 +294,8 @@ def makes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[ArrayS
     shape = (rows * columns, int(facts["stored_width"]))
     told: dict[str, Any] = {"primary": True, "grid": [rows, columns]}
     if params.in_loop:
-        return (
-            ArraySpec(
-                "feat", shape, "float32", ("token", "channel"), {**told, "compute": "foresight"}, "none", 0
-            ),
-        )
+        told |= {"compute": "foresight", "read_size": facts["read_size"]}
+        return (ArraySpec("feat", shape, "float32", ("token", "channel"), told, "none", 0),)
     for name in ("scale",):
         if name in prepared.arrays:
             told[name] = f"prepared/{name}.npy"
@@ -309,11 +323,11 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
     tower = tower_of(params)
     check_tower(tower, prepared.contract["weights"])
     code, grid = code_of(params, prepared), tuple(prepared.facts["grid"])
-    camera = prepared.facts["camera"]
+    camera, size = prepared.facts["camera"], size_of(prepared)
 
     def run(episode: EpisodeView) -> Iterator[Block]:
         rows = np.arange(0, episode.frames, params.every)
-        for frames in episode.images(camera, rows, params.batch):
+        for frames in episode.images(camera, rows, params.batch, size):
             yield {
                 "feat" if view == "identity" else f"feat_{view}": code.store(
                     code.project(encode(tower, frames, params, view), grid)
@@ -322,6 +336,11 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
             }
 
     return run
+
+
+def size_of(prepared: Prepared) -> tuple[int, int] | None:
+    found = prepared.facts["read_size"]
+    return None if found is None else (int(found[0]), int(found[1]))
 
 
 def code_of(params: Params, prepared: Prepared) -> Code:
@@ -423,12 +442,14 @@ def _picture(
 
 
 def wishes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[FrameWish, ...]:
-    return () if params.in_loop else (FrameWish(prepared.facts["camera"], params.every, params.batch),)
+    if params.in_loop:
+        return ()
+    return (FrameWish(prepared.facts["camera"], params.every, params.batch, size_of(prepared)),)
 
 
 STAGE = Stage(
     name="foresight",
-    version=1,
+    version=2,
     Params=Params,
     summary="a frozen vision tower's tokens of every frame",
     recipes=("dial",),

@@ -33,7 +33,7 @@ from ..schemas.normalisers import Normaliser
 from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared, Run, Stage, TargetReader
 from .actions import STATE
 from .teacher import check_weights, checked_float16
-from .windows import finite_state, renamed, window_batches
+from .windows import finite_state, frame_wishes, read_sizes, renamed, window_batches
 
 
 class PrivilegedBase(Protocol):
@@ -43,6 +43,7 @@ class PrivilegedBase(Protocol):
     chunk: int
     future: tuple[int, ...]  # frames ahead that the teacher branch sees, rising
     action: Normaliser
+    frame_size: tuple[int, int] | None  # what frames may be averaged down to while they are decoded
 
     @property
     def digest(self) -> str: ...
@@ -60,8 +61,8 @@ class PrivilegedBase(Protocol):
         video_times: NDArray[np.float32],
         video_seeds: NDArray[np.uint64],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """[B, H, W, 3] and [B, F, H, W, 3] per camera, [B, D], x [B, K, A], u [B] twice, seeds [B]
-        -> v_base, v_teacher, each [B, K, A]."""
+        """[B, H, W, 3] and [B, F, H, W, 3] per camera, [B, D]; for each of k draws x [B, k, K, A], u [B, k]
+        twice, seeds [B, k] -> v_base, v_teacher, each [B, k, K, A]."""
         ...
 
 
@@ -130,6 +131,7 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
             facts={
                 "base": told,
                 "cameras": list(names),
+                "read_sizes": read_sizes(base.frame_size, dataset.info.cameras, names),
                 "chunk": base.chunk,
                 "future": list(base.future),
                 "normaliser": base.action.to_json(),
@@ -153,6 +155,7 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
         base = opened(params)
         check_weights(base.describe(), base.digest, prepared.contract["weights"], "base policy")
         names = renamed(base.cameras, params.rename)
+        sizes = read_sizes(base.frame_size, info.cameras, names)
 
         def run(episode: EpisodeView) -> Iterator[Block]:
             normal = base.action.normalise(episode.columns([params.column])[params.column])
@@ -164,20 +167,24 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
             drawn = draws_of(episode.content, episode.frames, params.draws, params.seed)
             ahead = np.arange(episode.frames)[:, None] + np.array([0, *base.future])
             seen = np.minimum(ahead, episode.frames - 1)
-            for chosen, images in window_batches(episode, list(names), seen, params.batch, names):
+            for chosen, images in window_batches(episode, list(names), seen, params.batch, names, sizes):
                 now = {camera: frames[:, 0] for camera, frames in images.items()}
                 later = {camera: frames[:, 1:] for camera, frames in images.items()}
                 rows = np.arange(chosen.start, chosen.stop)
-                each = []
-                for k in range(params.draws):
-                    x = noisy_chunks(chunks[rows], drawn.seed[rows, k], drawn.t_act[rows, k])
-                    times = drawn.t_act[rows, k], drawn.t_vid[rows, k]
-                    texts = [episode.text] * len(rows)
-                    each.append(
-                        base.velocities(now, later, state[rows], texts, x, *times, drawn.video_seed[rows, k])
-                    )
-                v_base = np.stack([own for own, _ in each], axis=1)
-                v_teacher = np.stack([other for _, other in each], axis=1)
+                noisy = [
+                    noisy_chunks(chunks[rows], drawn.seed[rows, k], drawn.t_act[rows, k])
+                    for k in range(params.draws)
+                ]
+                v_base, v_teacher = base.velocities(
+                    now,
+                    later,
+                    state[rows],
+                    [episode.text] * len(rows),
+                    np.stack(noisy, axis=1),
+                    drawn.t_act[rows],
+                    drawn.t_vid[rows],
+                    drawn.video_seed[rows],
+                )
                 yield {
                     "seed": drawn.seed[rows],
                     "t_act": drawn.t_act[rows],
@@ -191,7 +198,7 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
 
     return Stage(
         name="privileged",
-        version=1,
+        version=2,
         Params=Params,
         summary="what a flow policy would say if it saw the future",
         recipes=("pfd",),
@@ -227,7 +234,7 @@ def makes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[ArrayS
 
 
 def wishes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[FrameWish, ...]:
-    return tuple(FrameWish(camera, 1, params.batch) for camera in prepared.facts["cameras"])
+    return frame_wishes(prepared.facts["read_sizes"], params.batch)
 
 
 def report(

@@ -19,7 +19,7 @@ Source: AnchorRefine Secs 3.1-3.6, 4.3.3 (formulas reconstructed; see targets in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared,
 from .actions import STATE
 from .gripper import MARGIN, gripper_target, probability
 from .teacher import check_weights, checked_float16
-from .windows import finite_state, renamed
+from .windows import finite_state, frame_wishes, read_sizes, renamed
 
 if TYPE_CHECKING:
     from ..models.policies import AnchorPolicy
@@ -159,6 +159,7 @@ def prepare(params: Params, dataset: DatasetView) -> Prepared:
     facts: dict[str, Any] = {
         "anchors": told,
         "cameras": list(names),
+        "read_sizes": read_sizes(anchor.frame_size, dataset.info.cameras, names),
         "chunk": chunk,
         "arm_dims": [d for d in range(anchor.action.dim) if d not in anchor.grippers],
         "gripper_dims": list(anchor.grippers),
@@ -209,11 +210,12 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
     for anchor, wanted in zip(anchors, prepared.contract["weights"].split(","), strict=True):
         check_weights(anchor.describe(), anchor.digest, wanted, "anchor")
     names, chunk = renamed(anchors[0].cameras, params.rename), int(prepared.facts["chunk"])
+    sizes = read_sizes(anchors[0].frame_size, info.cameras, names)
 
     def run(episode: EpisodeView) -> Iterator[Block]:
         anchor = anchors[fold_of(episode.content, len(anchors))]
         truth = truth_of(episode.columns([params.column])[params.column], anchor, chunk)
-        for rows, draws in anchor_chunks(params, episode, anchor, names, chunk, params.draws):
+        for rows, draws in anchor_chunks(params, episode, anchor, names, sizes, chunk, params.draws):
             part = Truth(truth.arm[rows], truth.gripper[rows], truth.is_pad[rows])
             each = [residual_arrays(part, arm, logit, params.margin) for arm, logit in draws]
             block = (
@@ -231,6 +233,7 @@ def anchor_chunks(
     episode: EpisodeView,
     anchor: AnchorPolicy,
     names: dict[str, str],
+    sizes: Mapping[str, tuple[int, int] | None],
     chunk: int,
     draws: int,
     rows: NDArray[np.int64] | None = None,
@@ -238,7 +241,7 @@ def anchor_chunks(
     """Blocks of frames, and for each draw the anchor's arm [B, K, Da] and gripper logits [B, K, G]."""
     wanted = np.arange(episode.frames) if rows is None else rows
     state, _ = finite_state(episode.columns([STATE])[STATE])
-    sources = [episode.images(camera, wanted, params.batch) for camera in names]
+    sources = [episode.images(camera, wanted, params.batch, sizes[camera]) for camera in names]
     done = 0
     for blocks in zip(*sources, strict=True):
         here = wanted[done : done + len(blocks[0])]
@@ -258,6 +261,7 @@ def _noise_share(
 ) -> dict[str, Any]:
     """How much of the residual's variance lies between draws of one frame: on a pilot of frames."""
     between, spread = [], []
+    sizes = read_sizes(anchors[0].frame_size, dataset.info.cameras, names)
     per_episode = max(1, PILOT_FRAMES // min(len(dataset), 8))
     for position in np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), 8)).astype(int)):
         episode = dataset.episode(int(position))
@@ -266,7 +270,8 @@ def _noise_share(
             np.linspace(0, episode.frames - 1, min(per_episode, episode.frames)).astype(np.int64)
         )
         truth = truth_of(episode.columns([params.column])[params.column], anchor, chunk)
-        for here, draws in anchor_chunks(params, episode, anchor, names, chunk, PILOT_DRAWS, rows):
+        asked = params, episode, anchor, names, sizes, chunk, PILOT_DRAWS, rows
+        for here, draws in anchor_chunks(*asked):
             delta = np.stack([truth.arm[here] - arm for arm, _ in draws])  # [draws, B, K, Da]
             valid = ~truth.is_pad[here]
             between.append(delta.var(axis=0, ddof=1)[valid])
@@ -366,12 +371,12 @@ def _training_episodes(anchors: list[dict[str, Any]], info: DatasetInfo) -> rang
 
 
 def wishes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[FrameWish, ...]:
-    return tuple(FrameWish(camera, 1, params.batch) for camera in prepared.facts["cameras"])
+    return frame_wishes(prepared.facts["read_sizes"], params.batch)
 
 
 STAGE = Stage(
     name="residuals",
-    version=1,
+    version=2,
     Params=Params,
     summary="what a frozen anchor policy's chunk lacks",
     recipes=("anchorrefine",),

@@ -28,7 +28,16 @@ from ..schemas.contract import FIXED_VIEW, ArraySpec, digest_of
 from ..schemas.errors import DataError, UsageError
 from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared, Run, Stage, TargetReader
 from .actions import STATE
-from .windows import finite_state, full_windows, label_mask, last_windows, renamed, window_batches
+from .windows import (
+    finite_state,
+    frame_wishes,
+    full_windows,
+    label_mask,
+    last_windows,
+    read_sizes,
+    renamed,
+    window_batches,
+)
 
 if TYPE_CHECKING:
     from ..models.policies import Teacher
@@ -92,6 +101,7 @@ def prepare(params: Params, dataset: DatasetView) -> Prepared:
         "width": teacher.width,
         "grippers": list(teacher.grippers),
         "normaliser": teacher.action.to_json(),
+        "read_sizes": read_sizes(teacher.frame_size, dataset.info.cameras, names),
         "decodes": _decodes(teacher),
         "causality_error": causality_error(teacher, dataset, names, params.batch),
         "augmentation": "off",
@@ -131,7 +141,8 @@ def causality_error(teacher: Teacher, dataset: DatasetView, names: dict[str, str
     if teacher.window == 1 or episode.frames < teacher.window:
         return 0.0
     index, _ = full_windows(teacher.window, teacher.window, 1)
-    _, images = next(window_batches(episode, list(names), index, max(batch, teacher.window), names))
+    sizes = read_sizes(teacher.frame_size, dataset.info.cameras, names)
+    _, images = next(window_batches(episode, list(names), index, max(batch, teacher.window), names, sizes))
     state = finite_state(episode.columns([STATE])[STATE])[0][index]
     whole = teacher.hidden(images, state, [episode.text])
     blank = {camera: frames.copy() for camera, frames in images.items()}
@@ -172,6 +183,7 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
     teacher = open_named(params)
     check_weights(teacher.describe(), teacher.digest, prepared.contract["weights"], "teacher")
     names = renamed(teacher.cameras, params.rename)
+    sizes = read_sizes(teacher.frame_size, info.cameras, names)
     decodes = prepared.facts["decodes"]
 
     def run(episode: EpisodeView) -> Iterator[Block]:
@@ -184,7 +196,7 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
         else:
             index, starts = full_windows(frames, steps, params.stride)
             read = np.zeros(0, dtype=np.int64)
-        for chosen, images in window_batches(episode, list(names), index, params.batch, names):
+        for chosen, images in window_batches(episode, list(names), index, params.batch, names, sizes):
             rows = index[chosen]
             hidden = teacher.hidden(images, state[rows], [episode.text] * len(rows))
             mask = label_mask(starts[chosen], frames, steps, teacher.queries) & np.expand_dims(
@@ -270,12 +282,12 @@ def report(
 def wishes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[FrameWish, ...]:
     if params.mode == "full":
         return ()  # with a stride the last frames of an episode may be in no window
-    return tuple(FrameWish(camera, 1, params.batch) for camera in prepared.facts["cameras"])
+    return frame_wishes(prepared.facts["read_sizes"], params.batch)
 
 
 STAGE = Stage(
     name="teacher",
-    version=1,
+    version=2,
     Params=Params,
     summary="hidden states of a frozen policy's action tokens",
     recipes=("vita",),

@@ -11,11 +11,13 @@ Shapes: T frames, W windows, S steps, Q queries; frame ids are local to the epis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from . import FrameWish
 
 if TYPE_CHECKING:
     from . import EpisodeView
@@ -48,15 +50,17 @@ def window_batches(
     index: Index,
     block: int,
     names: Mapping[str, str] | None = None,
+    sizes: Mapping[str, tuple[int, int] | None] | None = None,
 ) -> Iterator[tuple[slice, dict[str, NDArray[np.uint8]]]]:
     """Windows in order, `block` at a time: which ones, and their frames uint8 [B, S, H, W, 3] per camera.
 
     `index` [W, S] must not go back (neither first nor last frames of windows do). Every frame is decoded once
-    and kept only while a window still wants it. `names` renames cameras for the model.
+    and kept only while a window still wants it. `names` renames cameras for the model, `sizes` are what each
+    camera's frames are decoded to (`read_sizes`).
     """
     first, last = index.min(axis=1), index.max(axis=1)
     rows = np.arange(int(last[-1]) + 1)
-    sources = [episode.images(camera, rows, block) for camera in cameras]
+    sources = [episode.images(camera, rows, block, (sizes or {}).get(camera)) for camera in cameras]
     held: dict[str, NDArray[np.uint8]] = {}
     kept_from = done = 0
     for blocks in zip(*sources, strict=True):
@@ -74,6 +78,26 @@ def window_batches(
         wanted_from = int(first[done]) if done < len(first) else seen
         held = {camera: frames[wanted_from - kept_from :] for camera, frames in held.items()}
         kept_from = wanted_from
+
+
+def read_sizes(
+    wanted: tuple[int, int] | None, cameras: Mapping[str, tuple[int, int]], names: Iterable[str]
+) -> dict[str, tuple[int, int] | None]:
+    """What each camera's frames are decoded to for a model that works at `wanted`: never larger than stored."""
+    sizes: dict[str, tuple[int, int] | None] = dict.fromkeys(names)
+    if wanted is not None:
+        for name in sizes:
+            stored = cameras[name]
+            sizes[name] = wanted if stored != wanted and min(np.subtract(stored, wanted)) >= 0 else None
+    return sizes
+
+
+def frame_wishes(sizes: Mapping[str, Sequence[int] | None], block: int) -> tuple[FrameWish, ...]:
+    """Every frame of these cameras, decoded to these sizes (from `read_sizes`, JSON or not)."""
+    return tuple(
+        FrameWish(camera, 1, block, None if size is None else (size[0], size[1]))
+        for camera, size in sizes.items()
+    )
 
 
 def renamed(cameras: Sequence[str], words: Sequence[str]) -> dict[str, str]:

@@ -353,9 +353,23 @@ class Targets:
         pairs = np.stack([episodes.reshape(-1), local.reshape(-1)], axis=1)
         unique, back = np.unique(pairs, axis=0, return_inverse=True)
         camera = folder.contract.camera
-        frames = [self._dataset.frames(int(e), camera, int(t), int(t) + 1) for e, t in unique]
-        values = compute(folder.path, np.concatenate(frames))[back.reshape(-1)]
+        frames = self._frames(self._dataset, camera, unique, spec.attributes.get("read_size"))
+        values = compute(folder.path, frames)[back.reshape(-1)]
         return values.reshape((*local.shape, *spec.shape))
+
+    def _frames(
+        self, dataset: Dataset, camera: str, pairs: NDArray[np.int64], size: Sequence[int] | None
+    ) -> NDArray[np.uint8]:
+        """Frames of (episode, frame) pairs [n, 2], sorted, as the stage itself would read them."""
+        if dataset.features[camera]["dtype"] != "video":
+            found = [dataset.frames(int(e), camera, int(t), int(t) + 1) for e, t in pairs]
+            return np.concatenate(found)
+        first = dataset.episodes.cameras[camera].first_frame
+        wanted = None if size is None else (int(size[0]), int(size[1]))
+        each = [pairs[pairs[:, 0] == e] for e in np.unique(pairs[:, 0])]
+        return np.concatenate(
+            [dataset.video(int(p[0, 0]), camera, wanted).read(int(first[p[0, 0]]) + p[:, 1]) for p in each]
+        )
 
     def _array(self, column: _Column, spec: ArraySpec, file: int) -> NDArray[Any] | CompressedRows:
         number, _, part = column.places.files[file].partition("/")

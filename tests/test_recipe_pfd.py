@@ -216,10 +216,15 @@ def test_a_saved_base_speaks_both_velocities_from_frames_the_same_each_time(tmp_
     rng = np.random.default_rng(1)
     now = {CAMERA: rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)}
     later = {CAMERA: rng.integers(0, 256, (3, 2, 64, 64, 3), dtype=np.uint8)}
-    rest = np.zeros((3, 3)), ["go"] * 3, rng.normal(size=(3, 4, 2)).astype(np.float32)
-    times = np.full(3, 0.5, np.float32), np.full(3, 0.2, np.float32), np.arange(3, dtype=np.uint64)
+    x = rng.normal(size=(3, 2, 4, 2)).astype(np.float32)  # two draws for each of three frames
+    rest = np.zeros((3, 3)), ["go"] * 3, x
+    level, seeds = np.full((3, 2), 0.5, np.float32), np.arange(6, dtype=np.uint64).reshape(3, 2)
+    times = level, level * np.float32(0.4), seeds
     v_base, v_teacher = base.velocities(now, later, *rest, *times)
-    assert v_base.shape == v_teacher.shape == (3, 4, 2)
+    assert v_base.shape == v_teacher.shape == (3, 2, 4, 2)
+    second = base.velocities(now, later, rest[0], rest[1], x[:, 1:], *(part[:, 1:] for part in times))
+    np.testing.assert_allclose(second[0], v_base[:, 1:], atol=1e-6)
+    np.testing.assert_allclose(second[1], v_teacher[:, 1:], atol=1e-6)
     again, _ = base.velocities(now, later, *rest, *times)
     np.testing.assert_array_equal(v_base, again)
     other = {CAMERA: 255 - later[CAMERA]}

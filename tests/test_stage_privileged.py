@@ -23,16 +23,16 @@ class ByHand:
 
     cameras, chunk, future = (CAMERA,), K, FUTURE
     action = fit(np.concatenate([episode_columns(*e)["action"] for e in EPISODES]), names=ACTION)
-    digest = "by-hand"
+    digest, frame_size = "by-hand", None
 
     def describe(self):
         return {"weights": "w"}
 
     def velocities(self, images, future, state, texts, noisy, times, video_times, video_seeds):
         assert images[CAMERA].ndim == 4 and future[CAMERA].shape[1] == len(FUTURE)
-        base = noisy + times[:, None, None]
+        base = noisy + times[..., None, None]
         # the test pictures carry their frame number in the first pixel
-        return base, base + future[CAMERA][:, -1, 0, 0, 1].astype(np.float32)[:, None, None] / 100
+        return base, base + future[CAMERA][:, -1, 0, 0, 1].astype(np.float32)[:, None, None, None] / 100
 
 
 @pytest.fixture
