@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 from dpipe.pipeline import precompute as module
-from dpipe.pipeline.precompute import precompute, read_index, stage_costs
+from dpipe.pipeline.costs import stage_costs
+from dpipe.pipeline.precompute import precompute, read_index
 from dpipe.schemas.bins import encode
 from dpipe.schemas.errors import DataError, Interrupted, UsageError
 from dpipe.schemas.normalisers import Normaliser
