@@ -289,7 +289,11 @@ def _probe_table(
     return _ProbeTable(actions, np.concatenate([seen, one_hot], axis=1), owner, sequences, starts)
 
 
+HALF, MOST, UNSURE = "#9AA0A6", "#56B4E9", "#E69F00"  # what the marked numbers of bins are marked for
+
+
 def _picture(path: Path, name: str, found: dict[str, Any]) -> None:
+    """The report for a person: four curves over N, and in words where they turn."""
     numbers = sorted(map(int, found["bins"]))
     entries = [found["bins"][str(n)] for n in numbers]
     if not entries[0]["mean"]:
@@ -299,13 +303,29 @@ def _picture(path: Path, name: str, found: dict[str, Any]) -> None:
         return [entry["mean"][key] for entry in entries]
 
     panels = [
-        ("bits: all of it, what the situation tells, what it leaves open",
-         {"H(Y)": line("H"), "I(Y;S)": line("I"), "H(Y|S)": line("H_given_S")}),
-        ("share of what the situation tells that N bins ask for", {"share": [e["share"] for e in entries]}),
-        ("probe's top-1 on held-out episodes", {"top-1": line("top1")}),
-        ("what is left to the refiner, dB below the action's variance", {"dB": line("dB")}),
+        ("bits per number: all, told by the situation, left open",
+         {"H(Y) all": line("H"), "I(Y;S) told": line("I"), "H(Y|S) left open": line("H_given_S")}),
+        ("share of what the situation can tell that N bins ask for", {"share": [e["share"] for e in entries]}),
+        ("planner: how often its first guess is the bin", {"top-1": line("top1")}),
+        ("refiner: dB by which the residual is smaller than the action", {"dB": line("dB")}),
     ]  # fmt: skip
-    line_charts(path, f"{name}: how many bins?", panels, numbers, "N bins")
+    half, most, unsure = (
+        found[key] for key in ("N_at_share_0.5", "N_at_share_0.9", "N_where_top1_below_0.7")
+    )
+    marks: dict[int, list[str]] = {}
+    for n, colour in ((half, HALF), (unsure, UNSURE), (most, MOST)):
+        if n is not None:
+            marks.setdefault(n, []).append(colour)
+    notes = [
+        f"{found['held_out_episodes']} held-out of {found['episodes']} episodes; means over "
+        f"{len(found['in_means'])} of {len(found['names'])} numbers: {', '.join(found['in_means'][:9])}",
+        f"grey: half of what can be told is asked of the planner from N = {half or 'none'}; "
+        f"blue: nine tenths from N = {most or 'none'}; more bins add noise only",
+        f"orange: the planner's first guess is right less than 7 times in 10 from N = {unsure or 'none'}",
+    ]
+    if "warning" in found:
+        notes.append(f"caution: {found['warning']}")
+    line_charts(path, f"{name}: how many bins?", panels, numbers, "N bins", notes=notes, marks=marks)
 
 
 STAGE = Stage(

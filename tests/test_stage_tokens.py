@@ -164,8 +164,11 @@ def test_information_about_the_action_saturates_while_its_entropy_goes_on_rising
     assert left == sorted(left) and rest == sorted(rest, reverse=True)
     for n, expected in (("2", 0.96), ("4", 1.77), ("10", 2.39), ("20", 2.69), ("50", 2.81), ("256", 2.85)):
         assert bins[n]["mean"]["I"] == pytest.approx(expected, abs=0.06)
-    for n, expected in (("2", 0.99), ("4", 0.96), ("10", 0.75), ("20", 0.59), ("50", 0.30)):
+    for n, expected in (("2", 0.99), ("4", 0.96), ("10", 0.75), ("20", 0.59), ("50", 0.30), ("256", 0.07)):
         assert bins[n]["mean"]["top1"] == pytest.approx(expected, abs=0.04)
+    for n, expected in (("2", 0.04), ("4", 0.15), ("10", 0.74), ("20", 1.27), ("50", 2.43), ("256", 4.74)):
+        assert bins[n]["mean"]["H_given_S"] == pytest.approx(expected, abs=0.06)
+    assert "warning" not in worked_example and bins["256"]["error"] < 0.05
 
 
 def test_the_report_names_the_bins_where_it_turns(worked_example):
@@ -174,6 +177,21 @@ def test_the_report_names_the_bins_where_it_turns(worked_example):
     assert worked_example["N_where_top1_below_0.7"] in (12, 16)
     shares = [worked_example["bins"][str(n)]["share"] for n in BIN_GRID]
     assert shares[-1] == 1.0 and max(shares) <= 1.02
+
+
+def test_a_probe_of_few_episodes_claims_nothing_it_cannot_show_and_says_so():
+    """Twelve episodes, each at an action of its own: what one teaches is wrong of the next."""
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(12), 40)
+    place = rng.uniform(-1, 1, 12)[owner]
+    actions = np.clip(place + rng.normal(size=480) * 0.02, -1, 1)[:, None]
+    situation = np.stack([rng.normal(size=480), np.sin(40 * place)], axis=1)
+    found = complexity(actions, situation, owner, ["a"], steps=500)
+    assert found["held_out_episodes"] == 12
+    for entry in found["bins"].values():
+        mean = entry["mean"]
+        assert mean["H_given_S"] <= mean["H"] and 0 <= mean["I"] <= mean["H"]
+    assert "episodes say little" in found["warning"] or "tells nothing" in found["warning"]
 
 
 def test_what_the_situation_says_reduces_the_residual_too(worked_example):
@@ -218,6 +236,6 @@ def test_the_report_of_a_dataset_comes_with_a_picture(tmp_path):
     found = made.report["complexity"]
     assert found["in_means"] == ["x", "y", "z"]  # the gripper is reported, not averaged
     assert set(found["bins"]) == {str(n) for n in (*BIN_GRID, 7)}
-    assert found["held_out_episodes"] == 2
+    assert found["held_out_episodes"] == 8  # of so few, each is held out once
     picture = np.asarray(Image.open(made.folder / "complexity.png"))
     assert picture.shape[0] > 400 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 5
