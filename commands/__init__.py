@@ -15,12 +15,14 @@ COMMANDS: dict[str, dict[str, str]] = {
         "precompute": "Datasets to supervision targets.",
         "train": "Targets to a policy; what is missing is made first.",
         "finish": "Number what the jobs of a divided conversion have made.",
+        "export-policy": "A trained run as a policy that lerobot serves.",
         "plan": "What convert, precompute or train would do.",
     },
     "Looking and asking": {
         "status": "What the workspace holds: complete, partial or stale.",
         "doctor": "Is it sound? Datasets, raw recordings, targets, shards.",
         "replay": "Execute converted actions in the simulator.",
+        "query": "SQL over episodes, statistics, targets and runs.",
         "report": "One HTML page of pictures: datasets, targets, runs.",
         "picture": "One episode at a glance: frames, actions, coarse bins.",
     },
@@ -33,5 +35,6 @@ def load_command(name: str) -> click.Command:
     names = [each for section in COMMANDS.values() for each in section]
     if name not in names:
         raise unknown_name("command", name, names)
-    module = import_module(f".{_MODULES.get(name, name)}", __name__)
-    return getattr(module, name)
+    word = name.replace("-", "_")
+    module = import_module(f".{_MODULES.get(name, word)}", __name__)
+    return getattr(module, word)

@@ -525,7 +525,7 @@ def _open_dataset(root: Path) -> Dataset:
         fps=int(fps),
         features=features,
         stats=_read_json(stats_path) if stats_path.is_file() else {},
-        tasks=_read_tasks(root),
+        tasks=read_tasks(root),
         manifest=manifest,
         episodes=episodes,
         splits=_read_splits(root, info, len(episodes)),
@@ -700,7 +700,7 @@ def _check_single(file: pq.ParquetFile, path: Path, names: Sequence[str]) -> Non
         raise DataError(f"{path} has {have.count(twice[0])} columns called '{twice[0]}'\n  expected: one")
 
 
-def _read_tasks(root: Path) -> list[str]:
+def read_tasks(root: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     path = root / "meta" / "tasks.parquet"

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small_datasets import write_dataset
-from tiny_dataset import write_tiny
-
 from dpipe.cli import cli
 from dpipe.pipeline.facts import facts_of
 from dpipe.pipeline.report import MOST_BYTES, is_report, write_report
@@ -37,6 +34,8 @@ from dpipe.pipeline.report.svg import band, bin_colour, line_chart
 from dpipe.pipeline.workspace import Workspace
 from dpipe.schemas.errors import UsageError
 from dpipe.streams.dataset import open_dataset
+from small_datasets import write_dataset
+from tiny_dataset import write_tiny
 
 # --- numbers --------------------------------------------------------------------------------------------------
 
