@@ -203,7 +203,11 @@ class Stream:
     def set_epoch(self, epoch: int) -> None:
         """Begin `epoch` from its start, unless it is the current one."""
         if epoch != self._place.epoch:
-            self._place = Place(epoch)
+            self.begin(epoch)
+
+    def begin(self, epoch: int) -> None:
+        """Begin `epoch` from its start."""
+        self._place = Place(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, between batches: a few numbers, the same on every rank."""

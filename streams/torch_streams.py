@@ -33,6 +33,7 @@ class IterableStream(IterableDataset):
         # epoch it will make next: all begin the smallest of these, whichever was slow to start or to finish.
         self._next_epoch = torch.full((MAX_WORKERS,), stream.epoch).share_memory_()
         self._resumed_turn: int | None = None
+        self._has_worked = False  # whether this copy, in a worker, made batches before
 
     def __len__(self) -> int:
         if self.is_endless:
@@ -51,7 +52,13 @@ class IterableStream(IterableDataset):
             number, count = worker.id, worker.num_workers
             stream.threads = 1  # the workers are the threads
             if turn is None:
-                stream.set_epoch(int(self._next_epoch[:count].min()))
+                epoch = int(self._next_epoch[:count].min())
+                # A worker that stays on after a pass broken off stands somewhere of its own: all begin together.
+                if self._has_worked:
+                    stream.begin(epoch)
+                else:
+                    stream.set_epoch(epoch)
+            self._has_worked = True
         epoch = stream.epoch
         yield from stream.run(lambda place: self.is_endless or place.epoch == epoch, number, count, turn or 0)
         if worker is not None:

@@ -82,6 +82,18 @@ def test_an_epoch_can_be_chosen_whoever_makes_the_batches(root: Path):
         assert indices(loader) == expected
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_pass_broken_off_is_begun_again_by_all_workers(root: Path, persistent: bool):
+    """Each worker stopped somewhere else; had they gone on from there, samples would be lost and repeated."""
+    expected = indices(open_stream(root, SPEC, batch_size=5))
+    loader = DataLoader(make(root), batch_size=None, num_workers=2, persistent_workers=persistent)
+    for stop in (3, 4):
+        source = iter(loader)
+        assert [next(source)["index"].tolist() for _ in range(stop)] == expected[:stop]
+        del source
+    assert indices(loader) == expected
+
+
 def test_an_endless_loader_runs_on_through_epochs(root: Path):
     stream = open_stream(root, SPEC, batch_size=5)
     endless = stream.endless()
