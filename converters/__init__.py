@@ -8,6 +8,7 @@ path then stands for its name. Modules load when they are asked for, so that the
 from __future__ import annotations
 
 import copyreg
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,13 +55,18 @@ class Converter:
     """The raw tree in a line or two, for the message when nothing was found."""
     describe: Callable[[Path, Any, str], Embodiment] | None = None
     """What the numbers mean by the recordings themselves: raw folder, options, variant. In place of `embodiment`."""
+    keeps_rate: Callable[[Any], str] | None = None
+    """Why recordings cannot be taken at a lower frame rate under given options, "" where they can (resample.py)."""
     path: str = ""
     """The file of a converter outside the project, set by `load_converter`."""
+    rate: int = 0
+    """Frames a second asked for, 0 as recorded; with `actions` set by `load_converter`."""
+    actions: str = "auto"
 
     @property
     def address(self) -> str:
         """What loads this converter in another process."""
-        return self.path or self.name
+        return (self.path or self.name) + (f"@{self.rate}:{self.actions}" if self.rate else "")
 
     def embodiment_of(self, raw: Path, options: Any, variant: str) -> Embodiment:
         if self.describe is not None:
@@ -70,7 +76,15 @@ class Converter:
 
 
 def load_converter(source: str) -> Converter:
-    """A converter by its name, or by the path of a Python file that holds one as `CONVERTER`."""
+    """A converter by its name, or by the path of a Python file that holds one as `CONVERTER`.
+
+    "NAME@15" is the same source at 15 frames a second, "NAME@15:moves" with its actions' meaning said.
+    """
+    slower = re.fullmatch(r"(.+)@(\d+)(?::(\w+))?", source)
+    if slower is not None:
+        from .resample import resampled
+
+        return resampled(load_converter(slower[1]), int(slower[2]), slower[3] or "auto")
     if source.endswith(".py"):
         path = Path(source)
         if not path.is_file():

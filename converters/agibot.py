@@ -128,6 +128,12 @@ class Options:
             "help": "raw gripper readings OPEN:CLOSED, or auto: 0:120 or the older 35:120 by each episode"
         },
     )
+    language_columns: bool = field(
+        default=False,
+        metadata={
+            "help": "segments also in LeRobot's language column, which repeats an episode's list on every frame"
+        },
+    )
 
 
 # --- features ---------------------------------------------------------------------------------------------
@@ -529,6 +535,8 @@ def embodiment(options: Options, variant: str) -> Embodiment:
         "image_rotation": "none: stored upright",
         "missing": "masked in 'recorded', never zeros taken for data",
     }
+    if options.language_columns:
+        conventions["language_columns"] = True
     if options.depth:
         conventions["depth_grey"] = {"head_depth_m": [0.0, DEPTH_FAR_M], "meaning": "grey 0 to 255, linear"}
     return Embodiment(
@@ -544,6 +552,12 @@ def embodiment(options: Options, variant: str) -> Embodiment:
     )
 
 
+def keeps_rate(options: Options) -> str:
+    if options.action == "as-stored":
+        return "--action as-stored keeps rows as they are; next-state or auto says where the robot shall be"
+    return ""
+
+
 CONVERTER = Converter(
     name="agibot",
     version=1,
@@ -552,6 +566,7 @@ CONVERTER = Converter(
     scan=scan,
     read=read,
     embodiment=embodiment,
+    keeps_rate=keeps_rate,
     expects=(
         "task_info/task_<id>.json, observations/<id>/<episode>/videos/head_color.mp4 and "
         "proprio_stats/<id>/<episode>/proprio_stats.h5, or the published tars in these folders"

@@ -100,6 +100,12 @@ class Options:
     )
     depth: bool = field(default=False, metadata={"help": "keep depth as two more cameras, 8-bit grey"})
     tactile: bool = field(default=False, metadata={"help": "keep the two tactile sensors as cameras"})
+    language_columns: bool = field(
+        default=False,
+        metadata={
+            "help": "windows also in LeRobot's language column, which repeats an episode's list on every frame"
+        },
+    )
 
 
 POSE = ("x", "y", "z", "euler_x", "euler_y", "euler_z")
@@ -697,6 +703,8 @@ def embodiment(options: Options, variant: str) -> Embodiment:
         "window_end": options.window_end,
         "block_order": list(BLOCKS),
     }
+    if options.language_columns:
+        conventions["language_columns"] = True
     if options.depth:
         conventions["depth_grey"] = {
             "top_depth_m": list(STATIC_DEPTH_M),

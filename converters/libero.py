@@ -562,6 +562,13 @@ def _dropped(recording: Recording, demo: str, reason: str, remedy: str) -> Dropp
     return Dropped(source_id, tuple(path.name for path in recording.files), reason, remedy, recording.split)
 
 
+def keeps_rate(options: Options) -> str:
+    return (
+        "its actions are commands to a controller that runs at 20 Hz, and neither their sum nor every k-th of them "
+        "is what was done\n  next: convert at 20 frames a second; evaluate and deploy at 20 Hz"
+    )
+
+
 CONVERTER = Converter(
     name="libero",
     version=1,
@@ -570,5 +577,6 @@ CONVERTER = Converter(
     scan=scan,
     read=read,
     embodiment=embodiment,
+    keeps_rate=keeps_rate,
     expects="<suite>/<TASK>_demo.hdf5, for example libero_goal/open_the_middle_drawer_of_the_cabinet_demo.hdf5",
 )

@@ -21,16 +21,25 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+    from ..schemas.episode import Embodiment
+
 CHUNK_FILES = 1000  # files a folder, LeRobot's `chunks_size`
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 STATISTICS = ("min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99")
 EPISODES_PER_FILE = 50_000
+LANGUAGE = "language_persistent"
+_LANGUAGE_ROW = {
+    **{name: {"dtype": "string", "_type": "Value"} for name in ("role", "content", "style")},
+    "timestamp": {"dtype": "float32", "_type": "Value"},
+    "camera": {"dtype": "string", "_type": "Value"},
+    "tool_calls": {"feature": {"_type": "Json"}, "_type": "List"},
+}
 
 
-def part_place(part: int) -> tuple[int, int]:
-    """(chunk, file) of a part: the same numbers for its data file and its video files."""
+def part_place(part: Any) -> tuple[Any, Any]:
+    """(chunk, file) of a part, or of an array of parts: the same for its data file and its video files."""
     return part // CHUNK_FILES, part % CHUNK_FILES
 
 
@@ -44,7 +53,7 @@ def video_file(camera: str, part: int) -> str:
     return VIDEO_PATH.format(video_key=camera, chunk_index=chunk, file_index=file)
 
 
-def data_schema(features: Sequence[Feature]) -> pa.Schema:
+def data_schema(features: Sequence[Feature], language: bool = False) -> pa.Schema:
     """Arrow schema of a data file, with the Hugging Face feature description that `datasets` reads."""
     import pyarrow as pa
 
@@ -61,7 +70,54 @@ def data_schema(features: Sequence[Feature]) -> pa.Schema:
     for name, default in DEFAULT_FEATURES.items():
         fields.append(pa.field(name, pa.from_numpy_dtype(np.dtype(default["dtype"]))))
         described[name] = {"dtype": default["dtype"], "_type": "Value"}
+    if language:
+        fields.append(pa.field(LANGUAGE, pa.list_(_language_row())))
+        described[LANGUAGE] = {"feature": _LANGUAGE_ROW, "_type": "List"}
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
+
+
+def has_language(embodiment: Embodiment) -> bool:
+    """Whether a dataset carries its segments in LeRobot's language column too; its converter's option says so."""
+    return bool(embodiment.conventions.get("language_columns"))
+
+
+def _language_row() -> pa.StructType:
+    """One row of LeRobot's `language_persistent` column (`datasets/language.py`)."""
+    import pyarrow as pa
+
+    return pa.struct(
+        [
+            pa.field("role", pa.string(), nullable=False),
+            pa.field("content", pa.string()),
+            pa.field("style", pa.string()),
+            pa.field("timestamp", pa.float32(), nullable=False),
+            pa.field("camera", pa.string()),
+            pa.field("tool_calls", pa.list_(pa.json_())),
+        ]
+    )
+
+
+def language_rows(segments: Sequence[Mapping[str, Any]], frames: int, fps: int) -> list[dict[str, Any]]:
+    """An episode's segments as LeRobot's persistent rows: each holds from its time stamp until the next one.
+
+    Where windows overlap the one that began last is in force; where none covers a frame a row without content
+    says so. One row a moment, because lerobot refuses two of one style as ambiguous.
+    """
+    active = np.full(frames, -1)
+    for i in sorted(range(len(segments)), key=lambda i: (segments[i]["start"], -i)):
+        active[segments[i]["start"] : segments[i]["stop"]] = i
+    changes = np.flatnonzero(np.diff(active, prepend=-1)).tolist()
+    return [
+        {
+            "role": "assistant",
+            "content": segments[int(active[t])]["text"] if active[t] >= 0 else None,
+            "style": "subtask",
+            "timestamp": t / fps,
+            "camera": None,
+            "tool_calls": None,
+        }
+        for t in changes
+    ]
 
 
 def episode_table(
@@ -71,8 +127,12 @@ def episode_table(
     frames: int,
     fps: int,
     numbers: Mapping[str, int],
+    language: Sequence[Mapping[str, Any]] | None = None,
 ) -> pa.Table:
-    """One episode's rows; `numbers` gives episode_index, index (of its first row) and task_index."""
+    """One episode's rows; `numbers` gives episode_index, index (of its first row) and task_index.
+
+    `language` is repeated on every row, as lerobot has it: a few bytes a frame when compressed, many in memory.
+    """
     import pyarrow as pa
 
     arrays = []
@@ -88,6 +148,9 @@ def episode_table(
         pa.array(frame_index + numbers["index"]),
         pa.array(np.full(frames, numbers["task_index"], np.int64)),
     ]
+    if language is not None:
+        one = pa.array([list(language)], pa.list_(_language_row()))
+        arrays.append(one.take(pa.array(np.zeros(frames, np.int64))))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -109,6 +172,13 @@ def read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
     with pq.ParquetFile(path) as file:
         return file.read(list(columns) if columns is not None else None)
+
+
+def numbers_of(column: pa.ChunkedArray | Sequence[pa.Array]) -> NDArray[Any]:
+    """A column of whole numbers without gaps as an array. Arrow's own `to_numpy` imports pandas (1 s)."""
+    chunks = getattr(column, "chunks", column)
+    pieces = [np.from_dlpack(chunk) for chunk in chunks if len(chunk)]
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
 def write_tasks(path: Path, tasks: Sequence[str]) -> None:
@@ -174,6 +244,7 @@ def info_json(
     fps: int,
     totals: Mapping[str, int],
     splits: Mapping[str, str],
+    language: bool = False,
 ) -> dict[str, Any]:
     """meta/info.json; `cameras` come with LeRobot's `info` block of their video stream."""
     described: dict[str, Any] = {}
@@ -187,6 +258,8 @@ def info_json(
     for feature in features:
         described[feature.name] = feature.to_lerobot()
     described |= DEFAULT_FEATURES
+    if language:
+        described[LANGUAGE] = {"dtype": "language", "shape": [1], "names": None}
     return {
         "codebase_version": "v3.0",
         "fps": fps,

@@ -1,5 +1,6 @@
 """MP4 files as the published recordings have them, written by FFmpeg's own muxer rather than by ours."""
 
+import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +36,7 @@ def write_clip(
     """
     import av
 
+    os.environ.setdefault("SVT_LOG", "1")  # read when the encoder starts: errors alone
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = 0
     stream: Any = None

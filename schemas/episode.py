@@ -41,7 +41,7 @@ class VideoClip:
     """A camera already recorded as one MP4 file, or as one member of an uncompressed tar or zip.
 
     `offset` and `size` locate the MP4 inside `path` (0 and the file's size for a plain file). `frames` is the
-    number of frames the episode uses, counted from `first_frame`.
+    number of frames the episode uses: `first_frame` and every `stride`-th after it.
     """
 
     path: Path
@@ -51,9 +51,15 @@ class VideoClip:
     frames: int
     height: int
     width: int
+    stride: int = 1
 
     def __len__(self) -> int:
         return self.frames
+
+    @property
+    def end(self) -> int:
+        """The frame of the file after the last one used."""
+        return self.first_frame + (self.frames - 1) * self.stride + 1 if self.frames else self.first_frame
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def transcode(
     `encoder.finish()`.
     """
     table = read_table(clip.path, clip.offset, clip.size)
-    last = clip.first_frame + clip.frames
+    last, stride = clip.end, clip.stride * stride
     if clip.first_frame < 0 or last > len(table.shown):
         raise DataError(
             f"{clip.path}: frames {clip.first_frame} to {last} are needed, the video has {len(table.shown)}"
