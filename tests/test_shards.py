@@ -153,6 +153,24 @@ def test_pandas_duckdb_dask_and_hugging_face_open_shards_as_they_are(made: Path,
     assert len(dask_frame.read_parquet(pattern, columns=["index"])) == sum(LENGTHS)
 
 
+def test_pandas_dask_and_hugging_face_open_shards_over_fsspec(made: Path):
+    import datasets
+    import fsspec
+    import pandas
+
+    memory = fsspec.filesystem("memory")
+    for path in shards_of(made).glob("part-*.parquet"):
+        memory.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    one = pandas.read_parquet("memory://bucket/part-00001.parquet", columns=["index", "action"])
+    assert one["index"].iloc[0] == 705
+    dask_frame = pytest.importorskip("dask.dataframe")
+    whole = dask_frame.read_parquet("memory://bucket/part-*.parquet", columns=["index"])
+    assert whole["index"].sum().compute() == sum(range(sum(LENGTHS)))
+    files = {"train": "memory://bucket/part-00001.parquet"}
+    streamed = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    assert number_of(np.asarray(next(iter(streamed))["observation.images.image2"])) == (705, 1)
+
+
 def test_hugging_face_streams_shards_over_http(made: Path):
     import datasets
 

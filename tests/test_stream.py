@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import pickle
 import re
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from dpipe.schemas.errors import DataError, UsageError
 from dpipe.schemas.normalisers import fit
 from dpipe.streams.buffers import Buffers
 from dpipe.streams.dataset import open_dataset
-from dpipe.streams.rows import DatasetRows
+from dpipe.streams.order import Shuffle
+from dpipe.streams.rows import DatasetRows, Fit
 from dpipe.streams.shards import ShardRows, write_shards
 from dpipe.streams.stream import StreamSpec, cores, open_stream, paired_dims
 from dpipe.streams.windows import Samples
@@ -23,6 +27,7 @@ from small_datasets import number_of, write_dataset
 
 LENGTHS = [5, 30, 3, 12]
 CAMERA = "observation.images.image"
+PLAIN = StreamSpec(chunks={"action": 3}, cameras=())
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +362,7 @@ def anonymous_kb() -> int:
     pytest.skip("this system does not tell anonymous memory")
 
 
-def _worker_memory(root: Path, copies: int, queue) -> None:
+def _worker_memory(root: Path, copies: int) -> list[int]:
     """Anonymous memory after each of three epochs."""
     length = open_dataset(root).episodes.length
     episodes = np.tile(np.arange(len(length)), copies)
@@ -370,7 +375,7 @@ def _worker_memory(root: Path, copies: int, queue) -> None:
             pass
         gc.collect()
         figures.append(anonymous_kb())
-    queue.put(figures)
+    return figures
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")  # noqa: PTH110
@@ -378,20 +383,77 @@ def test_memory_of_a_worker_is_flat_over_epochs_and_independent_of_size(root: Pa
     context = multiprocessing.get_context("spawn")
     figures = {}
     for copies in (4, 40):
-        queue = context.Queue()
-        process = context.Process(target=_worker_memory, args=(root, copies, queue))
-        process.start()
-        figures[copies] = queue.get(timeout=60)
-        process.join()
+        # No time limit: a busy machine takes minutes; a worker that dies raises here.
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            figures[copies] = pool.submit(_worker_memory, root, copies).result()
     for epochs in figures.values():
         assert max(epochs) - min(epochs) < 2_000
     assert abs(figures[40][-1] - figures[4][-1]) < 4_000
 
 
-def test_neither_torch_nor_dask_nor_pandas_is_imported(root: Path):
-    import subprocess
-    import sys
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Path:
+    """311 frames in eleven episodes, as shards of 97, 40, 69, 8 and 97 rows."""
+    lengths = [97, 1, 39, 44, 25, 3, 5, 40, 31, 20, 6]
+    root = write_dataset(tmp_path_factory.mktemp("uneven") / "set", lengths, kind="none")
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr("dpipe.streams.dataset.FOREIGN_PART_FRAMES", 97)
+        write_shards(open_dataset(root))
+    return root
 
+
+def test_eight_ranks_of_four_workers_read_every_row_of_uneven_shards_once(uneven: Path):
+    parts = [
+        told["rows"] for told in ShardRows(next((uneven / "dpipe/shards").iterdir()), Fit()).index["parts"]
+    ]
+    assert sum(parts) == 311 and len(set(parts)) > 3
+    for shuffle in (Shuffle(), Shuffle("block", 10, 3)):
+        seen: list[int] = []
+        for rank in range(8):
+            for worker in range(4):
+                stream = open_stream(uneven, PLAIN, "all", 3, rank=rank, world=8, shuffle=shuffle, threads=1)
+                for batch in stream.run(lambda place: place.epoch == 0, worker, 4):
+                    seen += batch["index"].tolist()
+                    assert batch["observation.state"][:, 1].tolist() == batch["frame_index"].tolist()
+        assert sorted(seen) == list(range(311))
+
+
+PROGRAM = """
+import json, os, sys
+from dpipe.streams.stream import StreamSpec, open_stream
+spec = StreamSpec(chunks={"action": 3}, cameras=())
+stream = open_stream(sys.argv[1], spec, "all", 4, rank=1, world=3).endless()
+if len(sys.argv) > 2:
+    stream.load_state_dict(json.loads(sys.argv[2]))
+for _ in range(200):
+    print(json.dumps([next(stream)["index"].tolist(), stream.state_dict()]), flush=True)
+"""
+
+
+def test_a_killed_process_resumed_sees_the_same_remaining_samples(uneven: Path):
+    """SIGKILL in the middle of an epoch; the new process goes on from the last state it had told."""
+
+    def start(*state: str) -> subprocess.Popen:
+        words = [sys.executable, "-c", PROGRAM, str(uneven), *state]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+    undisturbed = open_stream(uneven, PLAIN, "all", 4, rank=1, world=3).endless()
+    expected = [next(undisturbed)["index"].tolist() for _ in range(90)]
+    seen: list[list[int]] = []
+    state: list[str] = []
+    for steps in (37, 53):  # 26 batches an epoch
+        process = start(*state)
+        lines = [json.loads(process.stdout.readline()) for _ in range(steps)]
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        seen += [batch for batch, _ in lines]
+        state = [json.dumps(lines[-1][1])]
+        assert len(state[0]) < 300
+    assert seen == expected
+
+
+def test_neither_torch_nor_dask_nor_pandas_is_imported(root: Path):
     program = (
         "import sys\n"
         "from dpipe.streams.stream import StreamSpec, open_stream\n"

@@ -159,6 +159,52 @@ def test_a_stream_resumed_on_other_ranks_sees_exactly_what_was_left(
 
 
 @settings(max_examples=100, deadline=None)
+@given(
+    count=counts,
+    shapes=st.lists(st.tuples(batches, worlds, st.integers(0, 12)), min_size=2, max_size=4),
+)
+def test_endless_batches_go_on_over_any_changes_of_ranks(count, shapes):
+    """Epochs run into one another: the positions of all ranks and runs together have no gap and no repeat."""
+    state, found = None, []
+    for batch, world, steps in shapes:
+        ranks = [each.endless() for each in ranks_of(count, batch, world)]
+        for each in ranks:
+            if state is not None:
+                each.load_state_dict(state)
+            found += [next(each) for _ in range(steps)]
+        state = json.loads(json.dumps(ranks[0].state_dict()))
+        assert all(each.state_dict() == state for each in ranks)
+    total = sum(batch * world * steps for batch, world, steps in shapes)
+    positions = np.concatenate([np.zeros(0, np.int64), *(b["position"] for b in found)])
+    samples = np.concatenate([np.zeros(0, np.int64), *(b["index"] for b in found)])
+    assert sorted(positions.tolist()) == list(range(total))
+    for epoch in range(total // count):
+        assert sorted(samples[positions // count == epoch].tolist()) == list(range(count))
+
+
+@settings(max_examples=100, deadline=None)
+@given(count=counts, batch=batches, world=worlds, other_batch=batches, other_world=worlds, data=st.data())
+def test_dropping_the_rest_loses_less_than_one_global_batch_also_on_other_ranks(
+    count, batch, world, other_batch, other_world, data
+):
+    steps = data.draw(st.integers(0, count // (batch * world)))
+    seen: list[int] = []
+    ranks = ranks_of(count, batch, world, last="drop")
+    for each in ranks:
+        source = iter(each)
+        for _ in range(steps):
+            seen += next(source)["index"].tolist()
+    state = ranks[0].state_dict()
+    if state["epoch"] == 0:
+        for each in ranks_of(count, other_batch, other_world, last="drop"):
+            each.load_state_dict(state)
+            if each.epoch == 0:
+                seen += [n for found in epoch_of(each) for n in found]
+    assert len(seen) == len(set(seen))
+    assert count - len(seen) < max(batch * world, other_batch * other_world)
+
+
+@settings(max_examples=100, deadline=None)
 @given(count=counts, batch=batches, world=worlds, data=st.data())
 def test_the_state_after_a_batch_needs_only_the_batch(count, batch, world, data):
     """As with loader workers: another process made the batch, this one knows where the stream stands."""
