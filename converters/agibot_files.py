@@ -25,6 +25,7 @@ from ..schemas.episode import Recording, Segment
 from ..schemas.errors import DataError
 from .archives import TarIndex, index_tar
 from .hdf5 import open_hdf5
+from .words import text_of
 
 if TYPE_CHECKING:
     import h5py
@@ -250,7 +251,7 @@ def _read_task_info(path: Path, size: int, mtime_ns: int) -> dict[int, TaskInfo]
     try:
         for entry in json.loads(path.read_text(encoding="utf-8")):
             stretches = (entry.get("label_info") or {}).get("action_config") or []
-            name, scene = str(entry["task_name"]).strip(), str(entry.get("init_scene_text") or "").strip()
+            name, scene = text_of(entry["task_name"]), text_of(entry.get("init_scene_text"))
             found[int(entry["episode_id"])] = TaskInfo(name, scene, tuple(stretches))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
@@ -269,8 +270,8 @@ def segments_of(stretches: Sequence[Any], frames: int) -> tuple[tuple[Segment, .
     notes: list[str] = []
     for entry in stretches:
         try:
-            skill = str(entry.get("skill") or "").strip()
-            text = str(entry.get("action_text") or skill).strip()
+            skill = text_of(entry.get("skill"))
+            text = text_of(entry.get("action_text")) or skill
             rows.append((int(entry["start_frame"]), int(entry["end_frame"]), text, skill))
         except (KeyError, TypeError, ValueError, AttributeError):
             notes.append("an action_config entry without start_frame and end_frame is left out")

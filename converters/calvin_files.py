@@ -34,6 +34,7 @@ from .archives import (
     zip_members,
 )
 from .pickles import load_array, load_object
+from .words import text_of
 
 RAW_SPLITS = ("training", "validation")
 FRAME_NAME = re.compile(r"episode_(\d+)\.npz")
@@ -343,8 +344,8 @@ def _read_scenes(data: bytes) -> dict[str, tuple[int, int]]:
 def _read_windows(data: bytes, source: str) -> list[Window]:
     value = load_object(data, source)
     try:
-        texts = [str(text) for text in value["language"]["ann"]]
-        tasks = [str(task) for task in value["language"]["task"]]
+        texts = [text_of(text) for text in value["language"]["ann"]]
+        tasks = [text_of(task) for task in value["language"]["task"]]
         ids = [(int(start), int(end)) for start, end in value["info"]["indx"]]
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(

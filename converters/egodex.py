@@ -32,6 +32,7 @@ from ..schemas.unified import hand_to_dial, points_to_dial
 from . import Converter
 from .archives import STORED, ZipMember, data_offset, open_read_at, read_member, safe_name, zip_members
 from .hdf5 import find_group, open_hdf5, read_dataset
+from .words import text_of
 
 if TYPE_CHECKING:
     import h5py
@@ -425,14 +426,6 @@ def _look_at_video(video: tuple[Path, int, int], poses: int) -> tuple[CameraFeat
     return CameraFeature(CAMERA, table.height, table.width), notes
 
 
-def text_of(value: Any) -> str:
-    """An attribute as plain text; "" for what is missing in one of the ways files have for it."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    text = "" if value is None else str(value).strip()
-    return "" if text == "None" else text
-
-
 def instruction(attributes: Mapping[str, Any], folder: str) -> tuple[str, str]:
     """(sentence, where it comes from).
 
@@ -452,8 +445,8 @@ def instruction(attributes: Mapping[str, Any], folder: str) -> tuple[str, str]:
 
 
 def _attributes(file: h5py.File) -> dict[str, Any]:
-    """Root attributes that are single values."""
-    return {name: value for name, value in file.attrs.items() if np.ndim(value) == 0}
+    """Root attributes that are single values, also where a writer wrapped them in an array of one."""
+    return {name: value for name, value in file.attrs.items() if np.size(value) == 1}
 
 
 def read(ref: EpisodeRef, options: Options) -> Episode:

@@ -47,6 +47,7 @@ from .lerobot_files import (
     read_rows,
     to_matrix,
 )
+from .words import text_of
 
 LATE_S = 1e-3  # time stamps further than this from frame / fps are worth a word
 PICTURES = ("PNG", "JPEG", "TIFF", "WEBP")
@@ -317,7 +318,7 @@ def _sentences(
     source: Source, row: int, tasks: NDArray[np.int64] | None, notes: list[str]
 ) -> tuple[str, tuple[Segment, ...]]:
     """(instruction, segments) of an episode, from the task of every frame, else from the episode table."""
-    listed = [str(text) for text in source.episode_tasks[row]]
+    listed = [text_of(text) for text in source.episode_tasks[row]]
     own = source.segments.get(int(source.number[row]), ())
     if tasks is None or not set(tasks.tolist()) <= set(source.tasks):
         if not listed:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ..schemas.episode import Segment
 from ..schemas.errors import DataError
 from ..schemas.features import CAMERA_PREFIX, DEFAULT_FEATURES, Feature
+from .words import text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -398,7 +399,7 @@ def _read_tasks(root: Path) -> dict[int, str]:
     """{task_index: sentence}; empty where the dataset has no table of them."""
     lines = root / "meta" / "tasks.jsonl"
     if lines.is_file():
-        return {int(line["task_index"]): str(line["task"]) for line in _read_lines(lines)}
+        return {int(line["task_index"]): text_of(line["task"]) for line in _read_lines(lines)}
     path = root / "meta" / "tasks.parquet"
     if not path.is_file():
         return {}
@@ -411,7 +412,7 @@ def _read_tasks(root: Path) -> dict[int, str]:
     indices = (
         table.column("task_index").to_pylist() if "task_index" in table.column_names else range(len(texts))
     )
-    return {int(i): str(text) for i, text in zip(indices, texts, strict=True)}
+    return {int(i): text_of(text) for i, text in zip(indices, texts, strict=True)}
 
 
 def _read_segments(root: Path) -> dict[int, tuple[Segment, ...]]:

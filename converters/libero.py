@@ -28,6 +28,7 @@ from ..schemas.features import CameraFeature, Feature
 from ..schemas.rotations import matrix_to_rot6d, rotvec_to_matrix
 from . import Converter
 from .hdf5 import find_dataset, find_group, open_hdf5, read_dataset
+from .words import text_of
 
 if TYPE_CHECKING:
     import h5py
@@ -154,8 +155,8 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
     attributes = _attributes(data)
     kind = "raw" if "macros_image_convention" in attributes else "regenerated"
     problem = _json(attributes.get("problem_info"))
-    bddl_instruction = str(problem.get("language_instruction", ""))
-    misplaced = _suite_problem(suite, str(problem.get("problem_name", "")))
+    bddl_instruction = text_of(problem.get("language_instruction"))
+    misplaced = _suite_problem(suite, text_of(problem.get("problem_name")))
     if misplaced:
         remedy = "move the file to its suite's folder"
         return [*(_dropped(recording, demo, misplaced, remedy) for demo in demos)]
@@ -546,7 +547,7 @@ def _attributes(data: h5py.Group) -> dict[str, Any]:
 
 def _json(text: Any) -> dict[str, Any]:
     try:
-        value = json.loads(text) if isinstance(text, str | bytes) else {}
+        value = json.loads(text_of(text) or "{}")
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -35,6 +35,7 @@ from ..schemas.errors import DataError, UsageError, unknown_name
 from ..schemas.features import CameraFeature, Feature
 from . import MAPPED, Converter
 from .hdf5 import find_dataset, find_group, open_hdf5, read_dataset
+from .words import text_of
 
 if TYPE_CHECKING:
     import h5py
@@ -379,7 +380,7 @@ def _splits(file: h5py.File, told: Map) -> dict[str, str]:
     for split, path in told.splits.items():
         listed = read_dataset(file, path)
         for name in np.asarray(listed).reshape(-1).tolist() if listed is not None else []:
-            result[_text(name)] = split
+            result[text_of(name)] = split
     return result
 
 
@@ -393,15 +394,15 @@ def _instruction(file: h5py.File, group: str, path: Path, told: Map) -> tuple[st
         return name.replace("_", " ").strip(), ""
     if "dataset" in way:
         value = read_dataset(file, _join(group, way["dataset"]))
-        text = _text(np.asarray(value).reshape(-1)[0].item()) if value is not None and value.size else ""
+        text = text_of(np.asarray(value).reshape(-1)[:1]) if value is not None else ""
         return text, "" if text else f"no sentence in dataset '{way['dataset']}'"
     value = find_attribute(file, group, way["attribute"])
     if value is not None and "key" in way:
         try:
-            value = json.loads(_text(value)).get(way["key"])
+            value = json.loads(text_of(value)).get(way["key"])
         except (ValueError, AttributeError):
             value = None
-    text = _text(value).strip() if value is not None else ""
+    text = text_of(value)
     return text, "" if text else f"no sentence in attribute '{way['attribute']}'"
 
 
@@ -414,10 +415,6 @@ def find_attribute(file: h5py.File, group: str, name: str) -> Any:
         if not group:
             return None
         group = group.rpartition("/")[0]
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
