@@ -144,7 +144,7 @@ def jobs_of(dataset, stage: str, params, root: Path) -> list[module.PartJob]:
     run = module._TargetRun(
         dataset, load_stage(stage), params, root / "dpipe/targets", "", False, None, Progress(quiet=True)
     )
-    jobs = run._jobs(run._prepare())
+    jobs = run.jobs(run._prepare())
     (run.folder / "parts").mkdir(parents=True, exist_ok=True)
     return jobs
 
@@ -191,7 +191,7 @@ def reading_back(folder: Path, rounds: Rounds, count: int, megabytes: int, pairs
         write_tiny(root, [(0, frames)])
     hand_made(root, frames)
     targets = open_targets(root, ["foresight:as=now", "foresight:at=+16"])
-    (shard,) = (root / "dpipe/targets/foresight/hand/feat").glob("part-*/c/0/0/0")
+    (shard,) = (root / "dpipe/targets/foresight/hand/feat").glob("part-*/c.0.0.0")
     bare = np.memmap(shard, np.float16, "r", shape=(frames, 64, 512)).view(np.ndarray)
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, frames - 16, BATCH) for _ in range(pairs // BATCH)]

@@ -1,8 +1,10 @@
 """Per-frame arrays on disk: Zarr v3, one shard per array, written in one pass and read by memory map.
 
     <array>/zarr.json   shape [T, ...], little-endian, one shard covers everything (Zarr v3 sharding codec)
-    <array>/c/0/0...    the shard: inner chunks of a few whole rows in order, then the index
+    <array>/c.0.0...    the shard: inner chunks of a few whole rows in order, then the index
                         (offset and size of each, uint64) and the index's crc32c
+
+Keys are joined by dots: nested folders would be the larger part of the work of making a small array.
 
 Because the inner chunks cover all trailing dimensions and stand in order, the body of an uncompressed shard
 is the array itself in C order: a row is one positioned read, and a memory map needs no library. The last
@@ -74,10 +76,9 @@ class ArrayWriter:
         self._unsynced = 0
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shutil.rmtree(self._temporary, ignore_errors=True)
-        shard = self._temporary / "c" / Path(*["0"] * (1 + len(spec.shape)))
-        shard.parent.mkdir(parents=True)
-        self._shard = shard
-        self._file = open(shard, "wb")  # noqa: SIM115 - closed by close() or abort()
+        self._temporary.mkdir(parents=True)
+        self._shard = shard_of(self._temporary, 1 + len(spec.shape))
+        self._file = open(self._shard, "wb")  # noqa: SIM115 - closed by close() or abort()
         # Compressed chunks must be cut as they come; uncompressed ones are only counted at the end.
         self._chunk_rows = max(1, CHUNK_BYTES // max(1, spec.row_bytes))
         self._waiting: list[NDArray[Any]] = []
@@ -139,10 +140,7 @@ class ArrayWriter:
             self._shard.unlink()  # an array without elements has no chunks
         _write_text(self._temporary / "zarr.json", json.dumps(self._metadata()), self.durable)
         if self.durable:
-            for folder in (self._shard.parent, *self._shard.parent.parents):
-                _sync_folder(folder)
-                if folder == self._temporary:
-                    break
+            _sync_folder(self._temporary)
         self._temporary.rename(self.path)
         if self.durable:
             _sync_folder(self.path.parent)
@@ -198,7 +196,7 @@ class ArrayWriter:
             "shape": [self.rows, *spec.shape],
             "data_type": str(spec.stored),
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [padded, *spec.shape]}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": False if spec.stored.kind == "b" else 0,
             "codecs": [
                 {
@@ -251,10 +249,15 @@ def shard_digest(path: Path) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    for shard in sorted((path / "c").rglob("0")):
-        if shard.is_file():
-            digest.update(shard.read_bytes())
+    shard = shard_of(path, len(_metadata_of(path)["shape"]))
+    if shard.is_file():
+        digest.update(shard.read_bytes())
     return digest.hexdigest()
+
+
+def shard_of(path: Path, dims: int) -> Path:
+    """The one file that holds the rows of an array of so many dimensions."""
+    return path / ".".join(["c", *["0"] * dims])
 
 
 def open_array(path: Path, verify: bool = False) -> NDArray[Any] | CompressedRows:
@@ -278,7 +281,7 @@ def _open_array(path: Path, verify: bool) -> NDArray[Any] | CompressedRows:
     chunks = int(data["chunk_grid"]["configuration"]["chunk_shape"][0]) // chunk_rows
     if not math.prod(shape):
         return np.zeros(shape, dtype)
-    shard = path / "c" / Path(*["0"] * len(shape))
+    shard = shard_of(path, len(shape))
     index_bytes = 16 * chunks + 4
     size = _size_of(shard)
     compressed = len(sharding["codecs"]) > 1
@@ -383,7 +386,9 @@ def _metadata_of(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataError(f"{path / 'zarr.json'} is {type(data).__name__}, expected an object")
     codecs = data.get("codecs", [])
-    if data.get("node_type") != "array" or len(codecs) != 1 or codecs[0].get("name") != "sharding_indexed":
+    keys = data.get("chunk_key_encoding")
+    ours = keys == {"name": "default", "configuration": {"separator": "."}} and len(codecs) == 1
+    if data.get("node_type") != "array" or not ours or codecs[0].get("name") != "sharding_indexed":
         raise DataError(
             f"{path} is not an array dpipe wrote (one shard, Zarr v3)\n  Read it with zarr instead."
         )

@@ -112,7 +112,7 @@ KINDS = (
     Kind("manifest json", "served", "dpipe/manifest.json", read_rows, True),
     Kind("own parquet", "served", "dpipe/episodes.parquet", read_rows, True),
     Kind("sidecar parquet", "served", "dpipe/columns/*/*.parquet", read_rows, True),
-    Kind("target array", "served", "dpipe/targets/*/*/tok*/part-*/c/*/*", read_target, False),
+    Kind("target array", "served", "dpipe/targets/*/*/tok*/part-*/c.*", read_target, False),
     Kind("target zarr json", "served", "dpipe/targets/*/*/tok*/part-*/zarr.json", read_target, False),
     Kind("target contract", "served", "dpipe/targets/*/*/contract.json", read_target, False),
     Kind("target index", "served", "dpipe/targets/*/*/episodes.parquet", read_target, False),

@@ -71,7 +71,7 @@ def test_rows_may_come_in_any_portions(tmp_path_factory, lengths, width, level):
 def test_an_uncompressed_shard_begins_with_the_array_itself(tmp_path):
     values = sample((10, 7), "float32")
     path = write_array(tmp_path / "x", ArraySpec("x", (7,), "float32"), values)
-    assert (path / "c" / "0" / "0").read_bytes()[: values.nbytes] == values.tobytes()
+    assert (path / "c.0.0").read_bytes()[: values.nbytes] == values.tobytes()
     assert not open_array(path)[:].flags.writeable
 
 
@@ -95,7 +95,7 @@ def test_rows_of_another_kind_are_refused_rather_than_cast(tmp_path):
 
 def test_a_cut_or_damaged_file_is_refused(tmp_path):
     path = write_array(tmp_path / "x", ArraySpec("x", (4,), "float32"), sample((50, 4), "float32"))
-    shard = path / "c" / "0" / "0"
+    shard = path / "c.0.0"
     whole = shard.read_bytes()
     os.truncate(shard, len(whole) - 8)
     with pytest.raises(DataError, match="incomplete"):
