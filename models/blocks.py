@@ -8,13 +8,15 @@ Legend: B batch, N tokens, d width, h x w pixels, H action steps, A action dimen
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
+
+from ..schemas.errors import unknown_name
 
 WORD_BUCKETS = 4096
 TEXT_LENGTH = 48  # words and word pairs kept of an instruction
@@ -45,7 +47,10 @@ def text_ids(texts: Sequence[str]) -> Tensor:
 
 
 class TextEncoder(nn.Module):
-    """int64 [B, L] -> [B, d]: the mean of the words' vectors, through one hidden layer."""
+    """int64 [B, L] -> [B, d]: the mean of the words' vectors, through one hidden layer.
+
+    Only the first TEXT_LENGTH ids are hashed words; a language model's own tokens may follow them.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +60,7 @@ class TextEncoder(nn.Module):
         )
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.mix(self.words(ids))
+        return self.mix(self.words(ids[:, :TEXT_LENGTH]))
 
 
 # -- images -----------------------------------------------------------------------------------------------
@@ -144,7 +149,10 @@ class StateScale(nn.Module):
 
 
 class ObservationEncoder(nn.Module):
-    """One moment -> tokens [B, N, d]: each camera's, one of the state (`with_state`), one of the instruction."""
+    """One moment -> tokens [B, N, d]: each camera's, one of the state (`with_state`), one of the instruction.
+
+    `vision` is conv, vit, or `hf:<folder>`: a pretrained tower that all cameras share, and `freeze` for good.
+    """
 
     def __init__(
         self,
@@ -156,6 +164,7 @@ class ObservationEncoder(nn.Module):
         size: int = 64,
         points: int = 8,
         with_state: bool = True,
+        freeze: bool = True,
     ) -> None:
         super().__init__()
         self.cameras, self.size = tuple(cameras), size
@@ -163,17 +172,26 @@ class ObservationEncoder(nn.Module):
         self.state = (
             nn.Sequential(StateScale(mean, std), mlp(len(mean), width, width)) if with_state else None
         )
-        make = {"conv": lambda: ConvEncoder(width, size, points), "vit": lambda: ViTEncoder(width, size)}[
-            vision
-        ]
-        self.eyes = nn.ModuleList(make() for _ in self.cameras)
+        make = {"conv": partial(ConvEncoder, width, size, points), "vit": partial(ViTEncoder, width, size)}
+        self.tower = None
+        if ":" in vision:
+            from .vlm import TowerEye
+
+            self.tower = TowerEye(vision, width, freeze)
+            self.names = nn.Parameter(torch.randn(len(self.cameras), 1, width) * 0.02)
+        elif vision not in make:
+            raise unknown_name("vision", vision, [*make, "hf:<folder>"])
+        self.eyes = nn.ModuleList(make[vision]() for _ in self.cameras if self.tower is None)
 
     def forward(self, images: Sequence[Tensor], state: Tensor, text: Tensor) -> Tensor:
         """`images` uint8 [B, h, w, 3] in the order of `cameras`; state [B, D]; text ids [B, L]."""
         words = self.text(text)
-        tokens = [
-            eye(to_pixels(image, self.size), words) for eye, image in zip(self.eyes, images, strict=True)
-        ]
+        if self.tower is not None:
+            tokens = [self.tower(image) + name for image, name in zip(images, self.names, strict=True)]
+        else:
+            tokens = [
+                eye(to_pixels(image, self.size), words) for eye, image in zip(self.eyes, images, strict=True)
+            ]
         if self.state is not None:
             tokens.append(self.state(state)[:, None])
         return torch.cat([*tokens, words[:, None]], dim=1)
@@ -211,6 +229,8 @@ def feed_forward(width: int) -> nn.Sequential:
 class Block(nn.Module):
     """Pre-norm transformer block: attention among the tokens, then a feed-forward layer."""
 
+    recomputable = True  # its activations may be made again in the backward pass
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -227,6 +247,8 @@ class DiTBlock(nn.Module):
     Gates start at 0, so that a fresh block passes its tokens on unchanged (Peebles and Xie, 2023). Context
     tokens, where given, are read by cross-attention between the two branches.
     """
+
+    recomputable = True
 
     def __init__(self, width: int, heads: int, cross: bool = True) -> None:
         super().__init__()

@@ -108,12 +108,77 @@ def checkpoint_folder(source: str) -> Path:
     return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
+class Frames:
+    """Camera frames as an architecture wants them: its size, its mean and deviation.
+
+    `config` is the vision tower's; InternVL's is that of the whole model, which knows how tokens are merged.
+    """
+
+    def __init__(
+        self, folder: Path | None, family: str, config: Any, image_size: int | None, dtype: "torch.dtype"
+    ) -> None:
+        self.family, self.config, self.image_size, self.dtype = family, config, image_size, dtype
+        self.preprocess = _preprocessing(folder, FAMILIES[family])
+
+    def grid(self, height: int, width: int, unmerged: bool = False) -> tuple[int, int]:
+        """(gh, gw) of the tokens of a frame, or of its patches before neighbours are merged."""
+        rows, columns = self.size(height, width)
+        unit = self._token_pixels(unmerged)
+        return rows // unit, columns // unit
+
+    def _token_pixels(self, unmerged: bool) -> int:
+        """Pixels per token and side."""
+        if self.family.startswith("qwen"):
+            return self.config.patch_size * (1 if unmerged else self.config.spatial_merge_size)
+        if self.family == "internvl":
+            patch = self.config.vision_config.patch_size[0]
+            return patch if unmerged else round(patch / self.config.downsample_ratio)
+        return self.config.patch_size
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels (rows, columns) a frame is resized to."""
+        if self.family.startswith("qwen"):
+            factor = self.config.patch_size * self.config.spatial_merge_size
+            if self.image_size is not None:
+                side = max(factor, round(self.image_size / factor) * factor)
+                return side, side
+            return fit_area(height, width, factor, *self.preprocess["area"])
+        if self.image_size is not None:
+            return self.image_size, self.image_size
+        if self.family == "internvl":
+            rows, columns = self.config.vision_config.image_size
+            return rows, columns
+        side = 224 if self.family == "dinov2" else self.config.image_size
+        return side, side
+
+    def pixels(self, images: "torch.Tensor") -> "torch.Tensor":
+        """uint8 [B, H, W, 3] -> normalised float [B, 3, rows, columns], on their device."""
+        import torch
+        import torch.nn.functional as F
+
+        frames = images.permute(0, 3, 1, 2)
+        size = self.size(images.shape[1], images.shape[2])
+        if frames.shape[-2:] != size:
+            mode = "bilinear" if self.preprocess["resample"] == 2 else "bicubic"
+            if frames.device.type == "cpu":  # uint8 in and out, rounded as the processors do
+                frames = F.interpolate(frames, size=size, mode=mode, antialias=True)
+            else:
+                frames = (
+                    F.interpolate(frames.float(), size=size, mode=mode, antialias=True)
+                    .round_()
+                    .clamp_(0, 255)
+                )
+        mean = torch.tensor(self.preprocess["mean"], device=frames.device).view(3, 1, 1)
+        std = torch.tensor(self.preprocess["std"], device=frames.device).view(3, 1, 1)
+        return ((frames.float() / 255 - mean) / std).to(self.dtype)
+
+
 class HfTower:
     """One frozen tower on one device. See the table at the head of this file for tensors and sizes."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         family: str,
         config: dict[str, Any],
         tensor: str,
@@ -124,15 +189,23 @@ class HfTower:
         import torch
 
         self.family, self.tensor = family, tensor
-        self._image_size, self._device, self._dtype = image_size, torch.device(device), getattr(torch, dtype)
-        self._dtype_name = dtype
-        self._preprocess = _preprocessing(folder, FAMILIES[family])
-        self._modules, self._config = _build(family, config)
-        self._weights = self._load(folder)
-        for module in self._modules.values():
+        self._device, self._dtype, self._dtype_name = torch.device(device), getattr(torch, dtype), dtype
+        self.modules, self._config = _build(family, config)
+        self.frames = Frames(folder, family, self._config, image_size, self._dtype)
+        self._weights = self._load(folder) if folder is not None else ""
+        for module in self.modules.values():
             module.to(self._device).eval().requires_grad_(False)
             for parameter in module.parameters():  # not the buffers: rotary frequencies stay float32
                 parameter.data = parameter.data.to(self._dtype)
+
+    @classmethod
+    def blueprint(cls, config: dict[str, Any], image_size: int | None = None) -> "HfTower":
+        """The architecture alone, on whatever device is the default: `models/vlm.py` counts with it."""
+        import torch
+
+        family = MODEL_TYPES[config["model_type"]]
+        device = str(torch.get_default_device())
+        return cls(None, family, config, FAMILIES[family].tensors[0], image_size, device, "float32")
 
     # -- what it is ---------------------------------------------------------------------------------------
 
@@ -162,40 +235,11 @@ class HfTower:
             "width": self.width,
             "weights": self._weights,
             "dtype": self._dtype_name,
-            "preprocess": {**self._preprocess, "image_size": self._image_size},
+            "preprocess": {**self.frames.preprocess, "image_size": self.frames.image_size},
         }
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        rows, columns = self._size(height, width)
-        unit = self._token_pixels()
-        return rows // unit, columns // unit
-
-    def _token_pixels(self) -> int:
-        """Pixels per token and side."""
-        if self.family.startswith("qwen"):
-            return self._config.patch_size * (
-                1 if self.tensor == "premerge" else self._config.spatial_merge_size
-            )
-        if self.family == "internvl":
-            patch = self._config.vision_config.patch_size[0]
-            return patch if self.tensor == "raw" else round(patch / self._config.downsample_ratio)
-        return self._config.patch_size
-
-    def _size(self, height: int, width: int) -> tuple[int, int]:
-        """Pixels (rows, columns) a frame is resized to."""
-        if self.family.startswith("qwen"):
-            factor = self._config.patch_size * self._config.spatial_merge_size
-            if self._image_size is not None:
-                side = max(factor, round(self._image_size / factor) * factor)
-                return side, side
-            return fit_area(height, width, factor, *self._preprocess["area"])
-        if self._image_size is not None:
-            return self._image_size, self._image_size
-        if self.family == "internvl":
-            rows, columns = self._config.vision_config.image_size
-            return rows, columns
-        side = 224 if self.family == "dinov2" else self._config.image_size
-        return side, side
+        return self.frames.grid(height, width, self.tensor in ("premerge", "raw"))
 
     # -- what it does -------------------------------------------------------------------------------------
 
@@ -210,35 +254,14 @@ class HfTower:
         import torch
 
         with torch.inference_mode():
-            pixels = self._pixels(images.to(self._device))
-            features = self._forward(pixels)
+            features = self.features(self.frames.pixels(images.to(self._device)))
         return features, self.grid(images.shape[1], images.shape[2])
 
-    def _pixels(self, images: "torch.Tensor") -> "torch.Tensor":
-        """uint8 [B, H, W, 3] -> normalised float [B, 3, rows, columns]."""
-        import torch
-        import torch.nn.functional as F
-
-        frames = images.permute(0, 3, 1, 2)
-        size = self._size(images.shape[1], images.shape[2])
-        if frames.shape[-2:] != size:
-            mode = "bilinear" if self._preprocess["resample"] == 2 else "bicubic"
-            if frames.device.type == "cpu":  # uint8 in and out, rounded as the processors do
-                frames = F.interpolate(frames, size=size, mode=mode, antialias=True)
-            else:
-                frames = (
-                    F.interpolate(frames.float(), size=size, mode=mode, antialias=True)
-                    .round_()
-                    .clamp_(0, 255)
-                )
-        mean = torch.tensor(self._preprocess["mean"], device=frames.device).view(3, 1, 1)
-        std = torch.tensor(self._preprocess["std"], device=frames.device).view(3, 1, 1)
-        return ((frames.float() / 255 - mean) / std).to(self._dtype)
-
-    def _forward(self, pixels: "torch.Tensor") -> "torch.Tensor":
+    def features(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        """Normalised pixels [B, 3, rows, columns] -> tokens [B, N, d], with gradients where they are asked for."""
         import torch
 
-        visual = self._modules["visual"]
+        visual = self.modules["visual"]
         batch = pixels.shape[0]
         if self.family.startswith("qwen"):
             patches, thw = qwen_patches(pixels, self._config)
@@ -253,7 +276,7 @@ class HfTower:
             return torch.cat(tokens, dim=-1).reshape(batch, -1, self.width)
         if self.family == "siglip":
             return visual(
-                pixel_values=pixels, interpolate_pos_encoding=self._image_size is not None
+                pixel_values=pixels, interpolate_pos_encoding=self.frames.image_size is not None
             ).last_hidden_state
         if self.family == "dinov2":  # interpolates its positions by itself
             skip = 1 + getattr(self._config, "num_register_tokens", 0)
@@ -269,7 +292,7 @@ class HfTower:
             return tokens
         gh, gw = (side // self._config.vision_config.patch_size[0] for side in pixels.shape[-2:])
         shuffled = pixel_shuffle(tokens, gh, gw, round(1 / self._config.downsample_ratio))
-        return shuffled if self.tensor == "shuffled" else self._modules["projector"](shuffled)
+        return shuffled if self.tensor == "shuffled" else self.modules["projector"](shuffled)
 
     # -- weights ------------------------------------------------------------------------------------------
 
@@ -282,7 +305,7 @@ class HfTower:
             )
         hasher = xxhash.xxh3_128()
         for name, prefixes in FAMILIES[self.family].prefixes.items():
-            module = self._modules[name]
+            module = self.modules[name]
             _load_strictly(module, files, prefixes, folder)
             for key, value in sorted(module.state_dict().items()):
                 hasher.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
@@ -300,10 +323,10 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _preprocessing(folder: Path, family: Family) -> dict[str, Any]:
+def _preprocessing(folder: Path | None, family: Family) -> dict[str, Any]:
     """Mean, std, resampling and (Qwen) area bounds in pixels: the checkpoint's, else the family's."""
-    path = folder / "preprocessor_config.json"
-    stored = _json(path) if path.is_file() else {}
+    path = folder / "preprocessor_config.json" if folder else None
+    stored = _json(path) if path and path.is_file() else {}
     size = stored.get("size") or {}
     # Without bounds in the checkpoint: Qwen3-VL 256^2 .. 4096^2, Qwen2.5-VL 56^2 .. 28^2 * 1280.
     low, high = (65_536, 16_777_216) if family.mean == HALF else (3_136, 1_003_520)

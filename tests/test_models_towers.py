@@ -233,7 +233,7 @@ def test_internvl_equals_the_models_own_image_features(checkpoints):
     model = transformers.InternVLForConditionalGeneration.from_pretrained(checkpoints["internvl"]).eval()
     with torch.no_grad():
         upstream = model.model.get_image_features(
-            tower._pixels(torch.from_numpy(image)),
+            tower.frames.pixels(torch.from_numpy(image)),
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
         ).pooler_output

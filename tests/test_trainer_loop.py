@@ -1,6 +1,8 @@
 """The loop: one step is a function of its number, so a run may be stopped, killed, resumed or shared out."""
 # ruff: noqa: E402 - what needs torch is imported once torch is known to be there
 
+import dataclasses
+import importlib.machinery
 import json
 import os
 import signal
@@ -8,26 +10,33 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from dpipe.schemas.errors import Interrupted
+from dpipe.schemas.errors import Interrupted, UsageError
 
 torch = pytest.importorskip("torch")
 
+from accelerate.state import AcceleratorState
+from dpipe.models.blocks import Block
 from dpipe.trainer.draws import Draws
 from dpipe.trainer.loop import (
     Options,
     Phase,
+    WeightAverage,
     fit,
     learning_rate,
     load_checkpoint,
     parameter_groups,
+    parse_rates,
+    recompute_activations,
     write_atomically,
 )
 from dpipe.trainer.losses import masked_mean, valid_steps
 from dpipe.trainer.memory import MemoryBatches
+from dpipe.trainer.track import open_trackers
 from safetensors.torch import load_file
 
 OPTIONS = Options(batch_size=8, lr=1e-2, log_every=2, checkpoint_every=4, ema=0.9, accumulate=2)
@@ -37,10 +46,10 @@ PHASES = [Phase("warm", 6), Phase("main", 10)]
 class Line(torch.nn.Module):
     """y = 3 x, learnt with noise on the input; the bias only in the second phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, drop: float = 0.1) -> None:
         super().__init__()
         self.map = torch.nn.Linear(1, 1)
-        self.drop = torch.nn.Dropout(0.1)
+        self.drop = torch.nn.Dropout(drop)
         self.count = 0
 
     def forward(self, batch, draws):
@@ -62,11 +71,11 @@ class Line(torch.nn.Module):
         self.count = progress["count"]
 
 
-def run(folder: Path, options: Options = OPTIONS, stop_after: int | None = None, say=lambda line: None):
+def run(folder: Path, options: Options = OPTIONS, stop_after=None, track=(), make=None, drop=0.1):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = Line()
-    columns = {"x": np.linspace(-1, 1, 50, dtype=np.float32)[:, None]}
+    model = (make or Line)(drop)
+    columns = {"x": np.linspace(-1, 1, 48, dtype=np.float32)[:, None]}
 
     def open_batches(phase, rank, world):
         return MemoryBatches(columns, options.batch_size // (world * options.accumulate), 3, rank, world)
@@ -74,7 +83,10 @@ def run(folder: Path, options: Options = OPTIONS, stop_after: int | None = None,
     def prepare(batch, device):
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
-    metrics = fit(model, open_batches, PHASES, options, folder, prepare, say, stop_after=stop_after)
+    # Accelerate keeps the precision of its first user; every run here has its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    quiet, then = (lambda line: None), {"stop_after": stop_after, "track": track}
+    metrics = fit(model, open_batches, PHASES, options, folder, prepare, quiet, **then)
     return model, metrics
 
 
@@ -158,16 +170,117 @@ def test_only_the_newest_checkpoints_are_kept(undisturbed):
     assert names == ["latest", "step-000012", "step-000016"]
 
 
-def test_accumulated_parts_add_up_to_the_whole_batch():
-    """Two halves, each divided by two, have the gradient of the mean."""
-    x = torch.arange(8.0)[:, None]
-    weight = torch.ones(1, requires_grad=True)
-    (weight * x).pow(2).mean().backward()
-    whole = weight.grad.clone()
-    weight.grad = None
-    for half in x.chunk(2):
-        ((weight * half).pow(2).mean() / 2).backward()
-    torch.testing.assert_close(weight.grad, whole)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_has_the_draws_samples_and_steps_of_the_whole(tmp_path, parts):
+    """Weights, averages and logged losses agree to rounding, through both phases."""
+    told = []
+    for count in (1, parts):
+        folder = tmp_path / str(count)
+        # The dropout's mask is drawn a part at a time, so it must not take part.
+        run(folder, dataclasses.replace(OPTIONS, accumulate=count, log_every=1), drop=0.0)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        told.append(([(row["loss"], row["noise"]) for row in rows], weights(folder), weights(folder, "ema")))
+    np.testing.assert_allclose(told[0][0], told[1][0], rtol=2e-5, atol=1e-7)
+    for whole, divided in zip(told[0][1:], told[1][1:], strict=True):
+        for name in whole:
+            torch.testing.assert_close(whole[name], divided[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_of_weights_follows_its_formula():
+    """decay 0.5; kept shares 2/11, 3/12, 4/13, .. until 0.5: weights 1 -> 2 -> 4 by hand."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    average = WeightAverage(model, 0.5)
+    for value, expected in ((2.0, 1 * 2 / 11 + 2 * 9 / 11), (4.0, (20 / 11) * 3 / 12 + 4 * 9 / 12)):
+        model.weight.data.fill_(value)
+        average.update(model)
+        assert average.weights["weight"].item() == pytest.approx(expected, rel=1e-6)
+    for _ in range(20):
+        average.update(model)
+    before = average.weights["weight"].item()
+    model.weight.data.fill_(0.0)
+    average.update(model)
+    assert average.weights["weight"].item() == pytest.approx(before / 2, rel=1e-6)
+
+
+def stack() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(Block(32, 2), Block(32, 2), Block(32, 2))
+
+
+def test_recomputed_activations_change_no_gradient_and_are_not_kept():
+    tokens, found, kept = torch.randn(2, 16, 32), [], []
+    for recompute in (False, True):
+        model, count = stack(), 0
+        if recompute:
+            recompute_activations(model)
+
+        def keep(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(tokens).square().mean()
+            kept.append(count)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert kept[1] < kept[0] / 5
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+class Seen(Line):
+    """Notes the types its map computes in, phase after phase."""
+
+    def forward(self, batch, draws):
+        loss, told = super().forward(batch, draws)
+        self.types = [*getattr(self, "types", []), self.map(batch["x"]).dtype]
+        return loss, told
+
+
+@pytest.mark.parametrize(("precision", "type_"), [("bf16", torch.bfloat16), ("auto", torch.float32)])
+def test_bf16_is_for_the_products_alone_and_auto_leaves_a_cpu_at_float32(tmp_path, precision, type_):
+    if torch.cuda.is_available() and precision == "auto":
+        pytest.skip("there is a GPU: auto means bf16 here")
+    model, _ = run(tmp_path, dataclasses.replace(OPTIONS, precision=precision), make=Seen)
+    assert set(model.types) == {type_} and len(model.types) == 2 * (6 + 10)
+    assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
+    with pytest.raises(UsageError, match="unknown precision 'fp16'"):
+        Options(precision="fp16")
+
+
+def test_tensorboard_has_the_metrics_of_the_log_and_loses_what_a_resumed_run_does_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop_after=5, track=("auto",))
+    run(tmp_path, track=("tensorboard",))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, _ in shown] == [row["step"] for row in rows]
+    np.testing.assert_allclose([value for _, value in shown], [row["loss"] for row in rows], rtol=1e-6)
+
+
+def test_weights_and_biases_gets_every_row_under_one_id_and_none_needs_nothing(tmp_path, monkeypatch):
+    said = []
+
+    class Run:
+        log = staticmethod(lambda values, step: said.append((step, values["loss"])))
+        finish = staticmethod(lambda: said.append("finish"))
+
+    begun = {}
+    spec = importlib.machinery.ModuleSpec("wandb", None)
+    fake = types.SimpleNamespace(init=lambda **given: begun.update(given) or Run(), __spec__=spec)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run(tmp_path / "recipe" / "name", track=("wandb", "none"))
+    rows = [json.loads(line) for line in (tmp_path / "recipe/name/metrics.jsonl").read_text().splitlines()]
+    assert said == [*((row["step"], row["loss"]) for row in rows), "finish"]
+    assert begun["id"] == "recipe-name" and begun["resume"] == "allow"
+    with pytest.raises(UsageError, match=r"unknown tracker 'tensorbord'.*Did you mean 'tensorboard'"):
+        open_trackers(["tensorbord"], tmp_path)
 
 
 def test_each_process_draws_its_rows_of_the_global_batch():
@@ -188,13 +301,25 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_along_a_cosine():
 
 
 def test_vectors_are_not_decayed_and_modules_may_have_rates_of_their_own():
-    model = Line()
-    model.rates = {"map.weight": 0.1}
-    groups = parameter_groups(model, 1e-2, 0.01)
+    groups = parameter_groups(Line(), 1e-2, 0.01, parse_rates(["map=0.5", "map.weight=0.1"]))
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
         (pytest.approx(1e-3), 0.01, 1),
-        (pytest.approx(1e-2), 0.0, 1),
+        (pytest.approx(5e-3), 0.0, 1),
     ]
+    with pytest.raises(UsageError, match=r"unknown module in --rates 'mop'.*Did you mean 'map'"):
+        parameter_groups(Line(), 1e-2, 0.01, {"mop": 0.1})
+    with pytest.raises(UsageError, match="expected MODULE=FACTOR"):
+        parse_rates(["map"])
+
+
+def test_the_rates_of_a_run_are_those_of_its_options(tmp_path):
+    """A module at rate 0 stays where it was; the other learns."""
+    options = dataclasses.replace(OPTIONS, rates=("map.weight=0",), weight_decay=0.0)
+    model, _ = run(tmp_path, options)
+    torch.manual_seed(0)
+    begun = Line()
+    assert torch.equal(model.map.weight, begun.map.weight)
+    assert not torch.equal(model.map.bias, begun.map.bias)
 
 
 def test_the_masked_mean_counts_valid_values_only():

@@ -50,6 +50,7 @@ class Config:
     pos_weight: float = 1.0  # of the decisions the anchor gets wrong
     concat_anchor: bool = False
     width: int = 128  # with a LeRobot anchor; an embedded one's own otherwise
+    vision: str = "conv"  # with a LeRobot anchor: conv | vit | hf:<folder>, frozen
     image_size: int = 64
     run: int = 0  # steps executed of a chunk; 0: half
 
@@ -78,7 +79,7 @@ class AnchorRefine(nn.Module):
         else:
             self.anchor, width = None, config.width
             self.encoder = ObservationEncoder(
-                space.cameras, space.state_mean, space.state_std, width, size=config.image_size
+                space.cameras, space.state_mean, space.state_std, width, config.vision, config.image_size
             )
         self.queries = nn.Parameter(torch.randn(self.chunk, width) * 0.02)
         inner = len(self.arm_dims) + len(self.gripper_dims)

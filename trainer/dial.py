@@ -34,9 +34,19 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..models.blocks import Attention, Block, ObservationEncoder, StateScale, TimeEmbedding, feed_forward, mlp
+from ..models.blocks import (
+    TEXT_LENGTH,
+    Attention,
+    Block,
+    ObservationEncoder,
+    StateScale,
+    TimeEmbedding,
+    feed_forward,
+    mlp,
+)
 from ..models.diffusion import beta15_times, euler_sample, flow_point
 from ..models.towers import VisionTower, open_tower
+from ..models.vlm import Vlm, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
@@ -58,7 +68,10 @@ class Config:
     mix_layers: int = 2
     flow_layers: int = 4
     heads: int = 4
-    vision: str = "conv"  # conv | vit
+    vision: str = "conv"  # conv | vit | hf:<folder>
+    vlm: str = ""  # hf:<folder>: System 2 is this vision-language model and its N queries
+    freeze: tuple[str, ...] = ("vision",)  # of pretrained backbones: see models/vlm.py
+    lora: int = 0  # rank of the adapters in the VLM's language model; 0: none
     image_size: int = 64
     points: int = 8
     tau: str = "uniform"  # uniform | beta15
@@ -77,11 +90,19 @@ class Config:
 
 
 class Foresee(nn.Module):
-    """System 2: [B, N, k] present features, images and words -> [B, N, k] foreseen ones."""
+    """System 2: [B, N, k] present features, images and words -> what N queries bring back, [B, N, d].
+
+    With a VLM, d is its width: it sees the images themselves, and the queries stand at the end of its sequence.
+    """
 
     def __init__(self, config: Config, space: Space, tokens: int, channels: int) -> None:
         super().__init__()
         c = config
+        self.vlm = Vlm(c.vlm, c.freeze, c.lora) if c.vlm else None
+        self.width = c.width if self.vlm is None else self.vlm.width
+        if self.vlm is not None:
+            self.queries = nn.Parameter(torch.randn(tokens, self.width) * 0.02)
+            return
         self.see = ObservationEncoder(
             space.cameras,
             space.state_mean,
@@ -91,6 +112,7 @@ class Foresee(nn.Module):
             c.image_size,
             c.points,
             with_state=False,
+            freeze="vision" in c.freeze,
         )
         self.enter = nn.Linear(channels, c.width)
         self.place = nn.Parameter(torch.randn(tokens, c.width) * 0.02)
@@ -101,6 +123,9 @@ class Foresee(nn.Module):
     def forward(self, images: list[Tensor], state: Tensor, text: Tensor, present: Tensor) -> Tensor:
         """What the queries bring back, [B, N, d]: the projector makes features of it."""
         count = len(self.queries)
+        if self.vlm is not None:
+            asked = self.queries.expand(len(present), -1, -1)
+            return self.vlm(images, text[:, TEXT_LENGTH:], asked)[2]
         now = self.enter(present) + self.place
         # A query stands where its token will be, beside the present token of that place.
         asked = (self.queries + self.place).expand(len(present), -1, -1)
@@ -112,6 +137,8 @@ class Foresee(nn.Module):
 
 class FlowLayer(nn.Module):
     """One layer of the flow transformer: attention to the context or among its own tokens, gated by time."""
+
+    recomputable = True
 
     def __init__(self, width: int, heads: int, cross: bool) -> None:
         super().__init__()
@@ -185,7 +212,7 @@ class Dial(nn.Module):
         self.config, self.space, self.facts, self.stage = config, space, facts, "warm-up"
         tokens, channels = facts["tokens"], facts["channels"]
         self.foresee = Foresee(config, space, tokens, channels)
-        self.projector = mlp(config.width, config.width, channels, layers=3)
+        self.projector = mlp(self.foresee.width, self.foresee.width, channels, layers=3)
         self.act = Act(config, space, tokens, channels)
         self.loss_projector = deepcopy(self.projector) if config.separate_loss_head else None
         self.register_buffer("mean", torch.tensor(facts["mean"], dtype=torch.float32))
@@ -296,7 +323,7 @@ class DialPolicy:
         self.model, self.space = model.eval(), model.space
         arrays = {name: torch.tensor(value) for name, value in model.facts["arrays"].items()}
         self.features = Features(model.facts, arrays)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.words = torch.Generator().manual_seed(seed), words_of(model)
         self.clock: dict[str, list[float]] = {"tower": [], "foresee": [], "act": []}
         self.actions = deque[np.ndarray]()
 
@@ -306,7 +333,7 @@ class DialPolicy:
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, texts: list[str]) -> np.ndarray:
         if not self.actions:
             model, c = self.model, self.model.config
-            frames, robot, words = observe(self.space, images, state, texts, model.mean.device)
+            frames, robot, words = observe(self.space, images, state, texts, model.mean.device, self.words)
             with timed(self.clock["tower"]):
                 raw = self.features.of(images[model.facts["camera"]]).to(model.mean.device)
                 present = model.standardise(raw)

@@ -20,13 +20,18 @@ def seed_of(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws for `batch` samples: rows rank, rank + world, .. of the global batch, as streams deal them."""
+    """Draws for `batch` samples: rows rank, rank + world, .. of the global batch, as streams deal them.
+
+    A batch computed in `parts` has the numbers of the whole: part p its stretch of the rows.
+    """
 
     generator: torch.Generator
     batch: int
     device: torch.device
     rank: int = 0
     world: int = 1
+    part: int = 0
+    parts: int = 1
 
     @classmethod
     def of_step(
@@ -38,9 +43,11 @@ class Draws:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world: int = 1,
+        part: int = 0,
+        parts: int = 1,
     ) -> "Draws":
         generator = torch.Generator().manual_seed(seed_of(seed, phase, step))
-        return cls(generator, batch, torch.device(device), rank, world)
+        return cls(generator, batch, torch.device(device), rank, world, part, parts)
 
     def normal(self, *shape: int) -> Tensor:
         """[batch, *shape] standard normal."""
@@ -56,7 +63,8 @@ class Draws:
 
     @property
     def _rows(self) -> int:
-        return self.batch * self.world
+        return self.batch * self.world * self.parts
 
     def _own(self, rows: Tensor) -> Tensor:
-        return rows[self.rank :: self.world].to(self.device)
+        mine = rows[self.part * self.batch * self.world :][: self.batch * self.world]
+        return mine[self.rank :: self.world].to(self.device)

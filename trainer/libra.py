@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..models.blocks import Block, DiTBlock, ObservationEncoder, TimeEmbedding
 from ..models.diffusion import cosine_schedule, ddim_sample, diffuse
+from ..models.vlm import Vlm, VlmEncoder, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
@@ -59,7 +60,10 @@ class Config:
     refiner_layers: int = 2
     heads: int = 4
     code_width: int = 16
-    vision: str = "conv"  # conv | vit
+    vision: str = "conv"  # conv | vit | hf:<folder>
+    vlm: str = ""  # hf:<folder>: a vision-language model as the planner's encoder
+    freeze: tuple[str, ...] = ("vision",)  # of pretrained backbones: see models/vlm.py
+    lora: int = 0  # rank of the adapters in the VLM's language model; 0: none
     image_size: int = 64
     points: int = 8
     levels: int = 100  # of the noise schedule
@@ -133,6 +137,7 @@ def make_encoder(config: Config, space: Space) -> ObservationEncoder:
         config.vision,
         config.image_size,
         config.points,
+        freeze="vision" in config.freeze,
     )
 
 
@@ -142,7 +147,11 @@ class Planner(nn.Module):
     def __init__(self, config: Config, space: Space) -> None:
         super().__init__()
         self.config, self.action_dim = config, space.action_dim
-        self.encoder = make_encoder(config, space)
+        if config.vlm:
+            vlm = Vlm(config.vlm, config.freeze, config.lora)
+            self.encoder = VlmEncoder(vlm, space.cameras, space.state_mean, space.state_std, config.width)
+        else:
+            self.encoder = make_encoder(config, space)
         self.queries = nn.Parameter(torch.randn(config.plan_steps, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.planner_layers))
         self.norm = nn.LayerNorm(config.width)
@@ -393,7 +402,7 @@ class LibraPolicy:
 
     def __init__(self, model: Libra, seed: int = 0, refine: bool = True) -> None:
         self.model, self.space, self.refine = model.eval(), model.space, refine
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.words = torch.Generator().manual_seed(seed), words_of(model)
         self.intents, self.actions = IntentBuffer(), deque[np.ndarray]()
         self.clock: dict[str, list[float]] = {"plan": [], "refine": []}
         self._texts: list[str] = []
@@ -409,7 +418,7 @@ class LibraPolicy:
             self.reset()
             self._texts = list(texts)
         if not self.actions:
-            seen = observe(self.space, images, state, texts, self.model.schedule.device)
+            seen = observe(self.space, images, state, texts, self.model.schedule.device, self.words)
             if not self.intents:
                 with timed(self.clock["plan"]):
                     self.intents.push(self.model.plan(*seen).unbind(1))

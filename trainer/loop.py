@@ -19,9 +19,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..schemas.errors import DataError, Interrupted
+from ..models.vlm import Held, hold_backbones, left_out
+from ..schemas.errors import DataError, Interrupted, UsageError, unknown_name
 from .draws import Draws, seed_of
 from .losses import mean_over_processes
+from .track import Tracker, open_trackers
 
 Say = Callable[[str], None]
 
@@ -48,12 +52,23 @@ class Options:
     warmup: float = 0.05  # of a phase's steps
     schedule: str = "cosine"  # cosine | constant
     clip: float = 1.0
-    accumulate: int = 1  # parts a process's batch is computed in
+    accumulate: int = 1  # parts a process's batch is computed in, one after the other
+    recompute: bool = False  # activations in the backward pass, to save memory (gradient checkpointing)
+    precision: str = "auto"  # auto (bf16 on a GPU, float32 on a CPU) | bf16 | float32
+    rates: tuple[str, ...] = ()  # learning rates of modules, as factors: planner.encoder=0.1,refiner=0.5
     ema: float = 0.0  # decay of the weights' average; 0: none
     seed: int = 0
     log_every: int = 20
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        for name, known in {
+            "schedule": ("cosine", "constant"),
+            "precision": ("auto", "bf16", "float32"),
+        }.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
 
 
 @dataclass(frozen=True)
@@ -104,12 +119,33 @@ def learning_rate(step: int, steps: int, warmup: float, schedule: str) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parse_rates(words: Sequence[str]) -> dict[str, float]:
+    """`planner.encoder=0.1` -> factor by prefix, longest first: it counts, and the order given does not."""
+    found: dict[str, float] = {}
+    for word in words:
+        prefix, _, value = word.partition("=")
+        try:
+            found[prefix] = float(value)
+        except ValueError:
+            raise UsageError(
+                f"--rates '{word}'\n  expected MODULE=FACTOR, e.g. planner.encoder=0.1"
+            ) from None
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay: none on vectors (norms, biases, single queries).
 
-    A model may scale the rate of whole modules: `rates = {"backbone": 0.1}` by the prefix of their names.
+    `rates` scale the learning rate of whole modules by the beginning of their parameters' names.
     """
-    rates: Mapping[str, float] = getattr(model, "rates", {})
+    rates = rates or {}
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in rates:
+        if not any(name.startswith(prefix) for name in names):
+            known = sorted({name.split(".")[0] for name in names})
+            raise unknown_name("module in --rates", prefix, known)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -132,11 +168,16 @@ def fit(
     say: Say,
     accelerator: Accelerator | None = None,
     stop_after: int | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, float]:
     """Train `model` (an Objective) through `phases`, resuming from the newest checkpoint; the last metrics.
 
     `open_batches(phase, rank, world)` gives this process's share of a phase's batches; `prepare` makes tensors
-    of a batch. `stop_after` ends the run, checkpointed, after that many steps of this call.
+    of a batch. `stop_after` ends the run, checkpointed, after that many steps of this call. `track` names where
+    metrics go beside metrics.jsonl (see `track.py`).
+
+    A batch computed in parts has the draws, samples and gradient of the whole, up to one thing: a masked mean is
+    taken within each part, and the parts count alike however much padding each has.
     """
     accelerator = accelerator or make_accelerator(options)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -150,8 +191,13 @@ def fit(
     checkpoints = run_dir / "checkpoints"
     saved = load_checkpoint(checkpoints)
     first = saved.step if saved else 0
-    log = MetricsLog(run_dir / "metrics.jsonl", first) if accelerator.is_main_process else None
+    log = None
+    if accelerator.is_main_process:
+        log = MetricsLog(run_dir / "metrics.jsonl", first, open_trackers(track, run_dir, first))
     model.to(device)
+    if options.recompute:
+        recompute_activations(model)
+    rates = parse_rates(options.rates)
     average = WeightAverage(model, options.ema) if options.ema else None
     if saved:
         saved.into(model, average)
@@ -167,9 +213,10 @@ def fit(
             if saved and first == start:  # between two phases
                 model.restore(saved.state["progress"])
             model.begin(phase)
+            hold_backbones(model)
             lr = options.lr if phase.lr is None else phase.lr
             optimiser = torch.optim.AdamW(
-                parameter_groups(model, lr, options.weight_decay), betas=options.betas, fused=True
+                parameter_groups(model, lr, options.weight_decay, rates), betas=options.betas, fused=True
             )
             batches = open_batches(phase, rank, world)
             if saved and first > start:
@@ -187,14 +234,17 @@ def fit(
                 for part in range(options.accumulate):
                     with clock.waiting():
                         batch = prepare(next(batches), device)
-                    place = (options.seed, number, index * options.accumulate + part)
-                    draws = Draws.of_step(*place, share, device, rank, world)
-                    torch.manual_seed(seed_of(*place, rank))  # dropout, where a backbone has it
+                    draws = Draws.of_step(
+                        options.seed, number, index, share, device, rank, world, part, options.accumulate
+                    )
+                    # Dropout, where a backbone has it.
+                    torch.manual_seed(seed_of(options.seed, number, index, rank, part))
                     partial = part + 1 < options.accumulate
                     with accelerator.no_sync(module) if partial else nullcontext():
-                        loss, metrics = module(batch, draws)
+                        loss, found = module(batch, draws)
                         accelerator.backward(loss / options.accumulate)
-                    metrics = {"loss": loss.detach(), **metrics}
+                    for name, value in {"loss": loss.detach(), **found}.items():
+                        metrics[name] = metrics.get(name, 0) + value / options.accumulate
                 moved = [p for group in optimiser.param_groups for p in group["params"]]
                 norm = accelerator.clip_grad_norm_(moved, options.clip)
                 optimiser.step()
@@ -220,8 +270,9 @@ def fit(
                         f"{timing['samples_per_second']:.0f} samples/s  data wait {timing['data_wait']:.1%}"
                     )
                     if log is not None:
-                        rates = {"lr": lr * factor, "gradient_norm": float(norm or 0.0)}
-                        log.write({"step": step, "phase": phase.name, **last, **rates, **timing})
+                        pace = {"lr": lr * factor, "gradient_norm": float(norm or 0.0)}
+                        flow = {f"stream_{name}": value for name, value in read_health(batches).items()}
+                        log.write({"step": step, "phase": phase.name, **last, **pace, **timing, **flow})
                 if step % options.checkpoint_every == 0 or ending or leaving:
                     places = _gather(batches.state_dict(), world)
                     if accelerator.is_main_process:
@@ -241,14 +292,28 @@ def fit(
                         f"stopped after step {step} of {total}, checkpointed\n  Run the same command again."
                     )
             accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+            # Left marked as prepared, the model would go through the next phase without mixed precision.
+            vars(model).pop("_is_accelerate_prepared", None)
             accelerator.free_memory()
+    if log is not None:
+        log.close()
     return last
 
 
 def make_accelerator(options: Options) -> Accelerator:
-    """bf16 where there is a GPU, float32 on a CPU."""
+    """Mixed precision keeps weights, sums and the optimiser in float32; bf16 needs no loss scaling."""
     gpu = torch.cuda.is_available()
-    return Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
+    half = options.precision == "bf16" or (options.precision == "auto" and gpu)
+    return Accelerator(cpu=not gpu, mixed_precision="bf16" if half else "no")
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep each block's input only, and run the block again in the backward pass (gradient checkpointing)."""
+    for module in model.modules():
+        if isinstance(module, Held):
+            module.recompute()
+        elif getattr(module, "recomputable", False):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def _gather(place: dict[str, Any], world: int) -> list[dict[str, Any]]:
@@ -258,6 +323,12 @@ def _gather(place: dict[str, Any], world: int) -> list[dict[str, Any]]:
     places: list[Any] = [None] * world
     torch.distributed.all_gather_object(places, place)
     return places
+
+
+def read_health(batches: Batches) -> dict[str, float]:
+    """What the stream did since the last reading; nothing where batches come from memory."""
+    read = getattr(batches, "health", None)
+    return read() if read is not None else {}
 
 
 class Clock:
@@ -312,13 +383,13 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.weights = {name: value.detach().clone() for name, value in own_state(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in model.state_dict().items():
+        for name, value in own_state(model).items():
             if value.is_floating_point():
                 self.weights[name].lerp_(value, 1 - keep)
             else:
@@ -328,10 +399,27 @@ class WeightAverage:
 # -- files ------------------------------------------------------------------------------------------------
 
 
-class MetricsLog:
-    """metrics.jsonl, cut back to the step a resumed run starts from."""
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state a checkpoint holds: all but a pretrained backbone's frozen weights, which stay in its folder."""
+    elsewhere = left_out(model)
+    return {name: value for name, value in model.state_dict().items() if name not in elsewhere}
 
-    def __init__(self, path: Path, first: int) -> None:
+
+def load_own_state(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
+    """The inverse; anything else that is missing or unknown is an error."""
+    told = model.load_state_dict(state, strict=False)
+    missing = sorted(set(told.missing_keys) - left_out(model))
+    if missing or told.unexpected_keys:
+        raise DataError(
+            f"{where} does not fit the model its run describes\n"
+            f"  missing: {', '.join(missing[:3]) or '-'}; unknown: {', '.join(told.unexpected_keys[:3]) or '-'}"
+        )
+
+
+class MetricsLog:
+    """metrics.jsonl, cut back to the step a resumed run starts from; and the trackers beside it."""
+
+    def __init__(self, path: Path, first: int, trackers: Sequence[Tracker] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.is_file():
@@ -342,11 +430,18 @@ class MetricsLog:
                 except json.JSONDecodeError:
                     break  # a line cut short by a kill: nothing after it is ours
         path.write_text("".join(kept))
-        self._file = path.open("a")
+        self._file, self._trackers = path.open("a"), trackers
 
     def write(self, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(values)
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 @dataclass(frozen=True)
@@ -358,7 +453,8 @@ class Saved:
     state: dict[str, Any]
 
     def into(self, model: nn.Module, average: WeightAverage | None) -> None:
-        model.load_state_dict(load_file(self.folder / "model.safetensors"))
+        path = self.folder / "model.safetensors"
+        load_own_state(model, load_file(path), path)
         if average is not None:
             average.weights = load_file(self.folder / "ema.safetensors")
             average.updates = self.state["average"]
@@ -392,7 +488,7 @@ def save_checkpoint(
         shutil.rmtree(stale, ignore_errors=True)
     beside.mkdir()
     save_file(
-        {key: value.contiguous() for key, value in model.state_dict().items()}, beside / "model.safetensors"
+        {key: value.contiguous() for key, value in own_state(model).items()}, beside / "model.safetensors"
     )
     if average is not None:
         save_file(average.weights, beside / "ema.safetensors")

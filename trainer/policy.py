@@ -1,7 +1,7 @@
 """Policies at work: what `evaluate` and the LeRobot export ask of a trained recipe."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -35,11 +35,12 @@ def observe(
     state: np.ndarray,
     texts: list[str],
     device: torch.device | str,
+    words: Callable[[Sequence[str]], Tensor] = text_ids,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What encoders take: images in the space's order, state float32, hashed words."""
+    """What encoders take: images in the space's order, state float32, `words` as the model reads them."""
     frames = [torch.from_numpy(np.ascontiguousarray(images[camera])).to(device) for camera in space.cameras]
     robot = torch.from_numpy(np.asarray(state, dtype=np.float32)).to(device)
-    return frames, robot, text_ids(texts).to(device)
+    return frames, robot, words(texts).to(device)
 
 
 @contextmanager

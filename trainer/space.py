@@ -3,7 +3,7 @@
 A run keeps its Space in config.json, so that a checkpoint can be rolled out where the dataset is not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +73,17 @@ class Space:
         return cls(**{**fields, "action": Normaliser.from_json(data["action"])})
 
 
-def to_tensors(batch: Mapping[str, Any], space: Space, device: "torch.device | str") -> "dict[str, Any]":
+def to_tensors(
+    batch: Mapping[str, Any],
+    space: Space,
+    device: "torch.device | str",
+    words: "Callable[[Sequence[str]], torch.Tensor] | None" = None,
+) -> "dict[str, Any]":
     """A stream's batch (numpy, native units) as what a recipe's `forward` takes.
 
     state    float32 [B, F, D]      F observed frames, oldest first (F = 1 where the stream has no window)
     images   list, one per camera, of uint8 [B, F, h, w, 3]
-    text     int64 [B, L] hashed words
+    text     int64 [B, L] hashed words, and what else `words` makes of the instructions (`models/vlm.py`)
     action   float32 [B, H, A] normalised;  is_pad bool [B, H];  dims bool [A] or [B, A]
     tokens   int64 [B, H, A] where the stream has them
     others   float32, int64 or bool tensors under their own names
@@ -92,7 +97,7 @@ def to_tensors(batch: Mapping[str, Any], space: Space, device: "torch.device | s
     out: dict[str, Any] = {
         "state": state[:, None] if state.ndim == 2 else state,
         "images": [],
-        "text": text_ids(batch.get("task", [""] * rows)),
+        "text": (words or text_ids)(batch.get("task", [""] * rows)),
         "action": torch.from_numpy(space.action.normalise(batch["action"]).astype(np.float32)),
         "is_pad": torch.from_numpy(np.asarray(batch["action_is_pad"], dtype=bool)),
         "dims": torch.from_numpy(np.asarray(batch.get("action_dims", space.mask), dtype=bool)),

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.blocks import Block, ObservationEncoder, StateScale, mlp, sinusoids
+from ..models.blocks import TEXT_LENGTH, Block, ObservationEncoder, StateScale, mlp, sinusoids
 from ..models.policies import ActionDecoder, load_decoder
+from ..models.vlm import Vlm, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
@@ -53,7 +54,10 @@ class Config:
     width: int = 128
     layers: int = 2
     heads: int = 4
-    vision: str = "conv"  # conv | vit
+    vision: str = "conv"  # conv | vit | hf:<folder>
+    vlm: str = ""  # hf:<folder>: the student is this vision-language model, frozen in stage 1
+    freeze: tuple[str, ...] = ("vision",)  # of pretrained backbones: see models/vlm.py
+    lora: int = 0  # rank of the adapters in the VLM's language model; 0: none
     image_size: int = 64
     points: int = 8
     gripper_weight: float = 0.01
@@ -80,28 +84,42 @@ class StateEncoder(nn.Module):
 
 
 class Student(nn.Module):
-    """One moment -> the width-d outputs at the three action tokens [B, 3, d]."""
+    """One moment -> the width-d outputs at the three action tokens [B, 3, d].
+
+    With a VLM, d is its width: the state and action tokens stand at the end of its sequence, and its own layers
+    and last norm are the transformer.
+    """
 
     def __init__(self, config: Config, space: Space, fingers: int) -> None:
         super().__init__()
-        self.see = ObservationEncoder(
-            space.cameras,
-            space.state_mean,
-            space.state_std,
-            config.width,
-            config.vision,
-            config.image_size,
-            config.points,
-            with_state=False,
-        )
-        self.state = StateEncoder(space, fingers, config.width)
-        self.action = nn.Parameter(torch.randn(config.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.vlm = Vlm(config.vlm, config.freeze, config.lora) if config.vlm else None
+        self.width = width = config.width if self.vlm is None else self.vlm.width
+        self.see = None
+        if self.vlm is None:
+            self.see = ObservationEncoder(
+                space.cameras,
+                space.state_mean,
+                space.state_std,
+                width,
+                config.vision,
+                config.image_size,
+                config.points,
+                with_state=False,
+                freeze="vision" in config.freeze,
+            )
+        self.state = StateEncoder(space, fingers, width)
+        self.action = nn.Parameter(torch.randn(width) * 0.02)
+        own = self.vlm is None
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers if own else 0))
+        self.norm = nn.LayerNorm(width) if own else nn.Identity()
 
     def forward(self, images: list[Tensor], state: Tensor, text: Tensor) -> Tensor:
         place = sinusoids(torch.arange(1.0, 4.0, device=state.device), len(self.action))
         actions = (self.action + place).expand(len(state), -1, -1)
+        if self.vlm is not None:
+            added = torch.cat([self.state(state)[:, None], actions], dim=1)
+            return self.vlm(images, text[:, TEXT_LENGTH:], added)[2][:, -3:]
+        assert self.see is not None
         tokens = torch.cat([self.see(images, state, text), self.state(state)[:, None], actions], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
@@ -116,7 +134,7 @@ class Vita(nn.Module):
         self.config, self.space, self.stage = config, space, "align"
         told = facts["decoder"]
         self.student = Student(config, space, min(config.fingers, space.state_dim))
-        self.mapper = mlp(config.width, facts["width"], facts["width"], layers=3)
+        self.mapper = mlp(self.student.width, facts["width"], facts["width"], layers=3)
         self.decoder = ActionDecoder(
             told["width"], told["action_dim"], told["grippers"], told["trunk"], told["bounded"]
         )
@@ -126,7 +144,10 @@ class Vita(nn.Module):
         self.requires_grad_(True)
         if self.stage == "align":
             self.decoder.requires_grad_(False)
-        if self.config.pretrained:
+        if self.student.vlm is not None:
+            self.student.vlm.requires_grad_(self.stage == "tune")
+        elif self.config.pretrained:
+            assert self.student.see is not None
             self.student.see.requires_grad_(False)
             self.student.blocks.requires_grad_(self.stage == "tune")
             self.student.norm.requires_grad_(self.stage == "tune")
@@ -173,6 +194,7 @@ class VitaPolicy:
 
     def __init__(self, model: Vita, seed: int = 0, run: int = 3) -> None:
         self.model, self.space, self.run = model.eval(), model.space, run
+        self.words = words_of(model)
         self.clock: dict[str, list[float]] = {"student": []}
         self.actions = deque[np.ndarray]()
 
@@ -181,7 +203,7 @@ class VitaPolicy:
 
     def act(self, images: Mapping[str, np.ndarray], state: np.ndarray, texts: list[str]) -> np.ndarray:
         if not self.actions:
-            seen = observe(self.space, images, state, texts, self.model.student.action.device)
+            seen = observe(self.space, images, state, texts, self.model.student.action.device, self.words)
             with timed(self.clock["student"]), torch.no_grad():
                 normal = self.model.decoder.actions(self.model.hidden(*seen)[:, : self.run])
             grippers = list(self.model.decoder.grippers)

@@ -1,0 +1,63 @@
+"""Tiny random backbones of the true architectures, in folders as their users have them: weights and tokenizer."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["<unk>", "<img>", "</img>", "task", "0", "1", "2", "pick", "up", "the", "red", "blue", "cube"]
+IMAGE, BEGIN, END = 60, 61, 62  # Qwen's own marks
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_qwen(folder: Path) -> Path:
+    """Qwen2.5-VL: windows of attention, merged patches, positions in time, row and column."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 48,
+        "fullatt_block_indexes": [1],
+        "window_size": 112,
+    }
+    rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}}
+    marks = {"image_token_id": IMAGE, "vision_start_token_id": BEGIN, "vision_end_token_id": END}
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=TEXT | rope, **marks)
+    return _save(transformers.Qwen2_5_VLForConditionalGeneration(config), folder)
+
+
+def save_internvl(folder: Path) -> Path:
+    """InternVL in transformers' layout: shuffled patches through a projector, positions in a row."""
+    config = transformers.InternVLConfig(
+        vision_config=VIT | {"image_size": 56, "patch_size": 14}, text_config=TEXT, image_token_id=IMAGE
+    )
+    return _save(transformers.InternVLForConditionalGeneration(config), folder)
+
+
+def save_siglip(folder: Path) -> Path:
+    text = {**VIT, "vocab_size": 64}
+    config = transformers.SiglipConfig(
+        vision_config=VIT | {"image_size": 42, "patch_size": 14}, text_config=text
+    )
+    return _save(transformers.SiglipModel(config), folder)
+
+
+def _save(model: transformers.PreTrainedModel, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model.init_weights()
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return folder
