@@ -149,9 +149,27 @@ def episode_table(
         pa.array(np.full(frames, numbers["task_index"], np.int64)),
     ]
     if language is not None:
-        one = pa.array([list(language)], pa.list_(_language_row()))
-        arrays.append(one.take(pa.array(np.zeros(frames, np.int64))))
+        arrays.append(_repeated(language, frames))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _repeated(rows: Sequence[Mapping[str, Any]], frames: int) -> pa.Array:
+    """The language column of an episode: the same rows at every frame.
+
+    Field by field, since pyarrow makes no nested extension types of Python objects.
+    """
+    import pyarrow as pa
+
+    struct, count = _language_row(), len(rows) * frames
+    again = pa.array(np.tile(np.arange(len(rows)), frames))
+    fields = [
+        pa.nulls(count, field.type)
+        if field.name == "tool_calls"
+        else pa.array([row[field.name] for row in rows], field.type).take(again)
+        for field in struct
+    ]
+    values = pa.StructArray.from_arrays(fields, fields=list(struct))
+    return pa.ListArray.from_arrays(pa.array(np.arange(frames + 1, dtype=np.int32) * len(rows)), values)
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
