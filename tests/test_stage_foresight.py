@@ -21,8 +21,9 @@ from dpipe.stages.compress import (
     relative_rms,
     unpool_tokens,
 )
-from dpipe.stages.foresight import Params, crop_frames, settle
+from dpipe.stages.foresight import Params, crop_frames, read_size, settle
 from dpipe.streams.targets import open_targets
+from small_datasets import write_dataset
 from tiny_dataset import CAMERA, picture, write_tiny
 from trees import tree_digest
 
@@ -209,6 +210,39 @@ def test_an_unknown_camera_is_named(tmp_path):
     root = write_tiny(tmp_path / "set", EPISODES, camera=True)
     with pytest.raises(UsageError, match="unknown camera 'wrist'"):
         make(root, camera="wrist")
+
+
+# --- video ---------------------------------------------------------------------------------------------------
+
+
+def test_large_video_is_decoded_at_the_size_the_tower_looks_at_by_stage_and_loader_alike(tmp_path):
+    root = write_dataset(tmp_path / "set", [9, 7], size=(240, 320))
+    out = tmp_path / "targets"
+    (made,) = precompute(root, ["foresight"], {"foresight": {"limit": 9, "at": 2}}, out=out)
+    (inside,) = precompute(root, ["foresight"], {"foresight": {"at": 2, "in_loop": True}}, out=out)
+    assert made.report["read_size"] == [128, 128]
+    stored = open_targets(root, ["foresight:at=+2,in_loop=false"], targets=out).take(index=[3, 12])
+    live = open_targets(root, ["foresight:at=+2,in_loop=true"], targets=out).take(index=[3, 12])
+    dataset = module.open_dataset(root)
+    for value, loader, (episode, frame) in zip(
+        stored["foresight"], live["foresight"], ((0, 5), (1, 5)), strict=True
+    ):
+        first = int(dataset.episodes.cameras[CAMERA].first_frame[episode])
+        small = dataset.video(episode, CAMERA, (128, 128)).read([first + frame])
+        exact = DctTower().encode(small)[0][0]
+        np.testing.assert_array_equal(value, exact.astype(np.float16))
+        np.testing.assert_array_equal(loader, exact)
+        # the whole frame, averaged by the tower itself, differs by the rounding of grey levels
+        whole = DctTower().encode(dataset.frames(episode, CAMERA, frame, frame + 1))[0][0]
+        assert relative_rms(whole, exact) < 0.02
+    assert inside.bytes == 0
+
+
+def test_a_crop_is_read_so_large_that_the_tower_loses_nothing(tmp_path):
+    tower = DctTower()
+    assert read_size(tower, Params(), (1080, 1920)) == (128, 128)
+    assert read_size(tower, Params(crop="0.2:0.7,0.25:0.75"), (1080, 1920)) == (256, 256)
+    assert read_size(tower, Params(), (128, 100)) is None  # nothing to average
 
 
 # --- in the loop -------------------------------------------------------------------------------------------
