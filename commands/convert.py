@@ -13,6 +13,7 @@ import click
 
 from ..schemas.errors import UsageError, unknown_name
 from .options import (
+    agree_to,
     answer,
     count_workers,
     given_words,
@@ -20,12 +21,14 @@ from .options import (
     options_of,
     parse_size,
     running,
+    show_plan,
     show_progress,
 )
 
 if TYPE_CHECKING:
-    from ..pipeline.convert import ConvertPlan, ConvertRequest, ConvertResult
+    from ..pipeline.convert import ConvertRequest, ConvertResult
     from ..pipeline.outputs import OutputRequest
+    from ..pipeline.plan import Step
     from ..pipeline.workspace import Workspace
 
 
@@ -148,6 +151,23 @@ def _convert_command(source: NamedSource, finish_only: bool = False) -> click.Co
             ["--video"], type=click.Choice(["auto", "copy", "transcode"]), default="auto", show_default=True
         ),
         click.Option(["--resize"], help="Picture size as WIDTHxHEIGHT.  [as recorded]"),
+        click.Option(
+            ["--fps"],
+            type=click.IntRange(1),
+            help="A lower frame rate that divides the recorded one, pictures and columns.  [as recorded]",
+        ),
+        click.Option(
+            ["--actions"],
+            type=click.Choice(["auto", "targets", "moves"]),
+            default="auto",
+            show_default=True,
+            help="--fps: whether actions say where to be or how far to move, where the source does not.",
+        ),
+        click.Option(
+            ["--shards"],
+            is_flag=True,
+            help="Write JPEG shards too, from the recorded frames: no second decoding.",
+        ),
         click.Option(["--part-frames"], type=click.IntRange(1), help="Frames in a file.  [16384]"),
         click.Option(
             ["--verify"], is_flag=True, help="Compare contents, not only sizes and times, with what is done."
@@ -176,6 +196,19 @@ def _convert_command(source: NamedSource, finish_only: bool = False) -> click.Co
     return running(command)  # type: ignore[return-value]
 
 
+def default_request(space: Workspace, word: str) -> ConvertRequest:
+    """What `dpipe convert WORD` means without a further option."""
+    from ..converters import MAPPED, load_converter
+    from ..pipeline.convert import ConvertRequest, options_from_strings
+
+    source = _named_source(word, space)
+    raw = source.raw or space.raw(source.name)
+    given = {"map": _read_map(source, raw, None, space)} if source.address == MAPPED else {}
+    options = options_from_strings(load_converter(source.address).Options, given)
+    out = space.dataset(source.name).resolve()
+    return ConvertRequest(source.address, raw.resolve(), out, source.name, options)
+
+
 def _converting(source: NamedSource, finish_only: bool = False) -> Callable[..., None]:
     def run(
         to: str,
@@ -186,6 +219,9 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
         codec: str,
         video: str,
         resize: str | None,
+        fps: int | None,
+        actions: str,
+        shards: bool,
         part_frames: int | None,
         verify: bool,
         share: str | None,
@@ -202,6 +238,7 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
         max_time: float | None,
         yes: bool,
         dry_run: bool,
+        price: float | None,
         map_file: Path | None = None,
         **given: Any,
     ) -> None:
@@ -210,6 +247,7 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
         from ..pipeline.outputs import OutputOptions, OutputRequest
         from ..pipeline.payload import VideoOptions
         from ..pipeline.slurm import parse_share, sbatch_script
+        from ..streams.shard_format import ShardOptions
 
         if emit_sbatch:
             words = [w for w in given_words() if not w.startswith("--emit-sbatch") and w != str(emit_sbatch)]
@@ -222,7 +260,7 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
             given["map"] = _read_map(source, raw, map_file, space)
         options = options_from_strings(load_converter(source.address).Options, given)
         request = ConvertRequest(
-            source=source.address,
+            source=f"{source.address}@{fps}:{actions}" if fps else source.address,
             raw=raw.resolve(),
             out=(out if out and to == "lerobot" else space.dataset(name)).resolve(),
             name=name,
@@ -237,11 +275,14 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
             max_time_s=max_time,
             share=parse_share(share) if share else None,
             finish_only=finish_only,
+            shards=ShardOptions() if shards else None,
         )
         if dry_run:
-            _show_plans(request, as_json)
+            show_plan(plan_request(request, as_json), request.workers, price, as_json)
             return
-        results = convert_all(request, show_progress(as_json))
+        results = convert_all(
+            request, show_progress(as_json), lambda steps: agree_to(steps, request.workers, yes)
+        )
         for result in results:
             _show_conversion(source.name, result, as_json)
             if to != "lerobot" and result.finished:
@@ -312,7 +353,9 @@ def _show_conversion(source: str, result: ConvertResult, as_json: bool) -> None:
     state = "already complete" if result.unchanged else "converted"
     text = (
         f"{source}: {state}, {result.episodes} episodes, {result.frames} frames, {result.bytes / 1e6:.1f} MB in "
-        f"{result.root}; {len(result.dropped)} left out"
+        f"{result.root}"
+        + (f" and shards in {result.shards}" if result.shards else "")
+        + f"; {len(result.dropped)} left out"
         + (f" (reasons in {result.root / 'dpipe' / 'dropped.jsonl'})" if result.dropped else "")
     )
     facts = {
@@ -322,28 +365,16 @@ def _show_conversion(source: str, result: ConvertResult, as_json: bool) -> None:
         "bytes": result.bytes,
         "encoded": result.encoded,
         "unchanged": result.unchanged,
+        "shards": str(result.shards) if result.shards else None,
         "dropped": [d.to_json() for d in result.dropped],
     }
     answer(facts, text, as_json)
 
 
-def _show_plans(request: ConvertRequest, as_json: bool) -> None:
-    from ..pipeline.convert import by_variant, plan_conversion, read_catalog
+def plan_request(request: ConvertRequest, as_json: bool) -> list[Step]:
+    """The steps of a conversion, a dataset each."""
+    from ..pipeline.convert import by_variant, read_catalog
+    from ..pipeline.plan import plan_convert
 
     catalog = read_catalog(request, show_progress(as_json))
-    for each in by_variant(request, catalog):
-        _show_plan(plan_conversion(each, catalog), as_json)
-
-
-def _show_plan(found: ConvertPlan, as_json: bool) -> None:
-    text = (
-        f"convert {found.source}: {found.recordings} recordings, {found.episodes} episodes, {found.frames} frames "
-        f"into {found.root}\n"
-        f"  to do: {found.todo_episodes} episodes, {found.todo_frames} frames, {found.pixels / 1e6:.0f} million "
-        f"pixels, {found.raw_bytes / 1e6:.1f} MB to read, {found.files} files to write\n"
-        f"  done: {found.episodes - found.todo_episodes} episodes; changed since: {len(found.changed)}; "
-        f"to be left out: {len(found.dropped)}"
-    )
-    facts = {n: v for n, v in vars(found).items() if n not in ("root", "dropped")}
-    facts |= {"root": str(found.root), "dropped": [d.to_json() for d in found.dropped]}
-    answer(facts, text, as_json)
+    return [plan_convert(each, catalog) for each in by_variant(request, catalog)]

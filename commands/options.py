@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import click
 from ..schemas.errors import UsageError
 
 if TYPE_CHECKING:
+    from ..pipeline.plan import Step
     from ..pipeline.progress import Progress
     from ..pipeline.workspace import Workspace
 
@@ -52,6 +53,9 @@ def _run_options() -> list[Callable[..., Any]]:
         click.option("--max-time", type=float, help="Stop cleanly after this many seconds (exit 75)."),
         click.option("--yes", is_flag=True, help="Do not ask before long or large work."),
         click.option("--dry-run", is_flag=True, help="Print what would run, and stop."),
+        click.option(
+            "--price", type=float, help="--dry-run: price of a core hour, to tell what it would cost."
+        ),
     ]
 
 
@@ -166,3 +170,21 @@ def field_comments(kind: type) -> dict[str, str]:
             if match:
                 found[item.name] = match.group(1).replace(" [ours]", "").strip()
     return found
+
+
+def show_plan(steps: Sequence[Step], workers: int, price: float | None, as_json: bool) -> None:
+    """A plan on stdout; DataError where it cannot fit the disk."""
+    from ..pipeline.plan import plan_json, plan_text, require_disk
+
+    answer(plan_json(steps, workers, price), plan_text(steps, workers, price), as_json)
+    require_disk(steps)
+
+
+def agree_to(steps: Sequence[Step], workers: int, yes: bool) -> None:
+    """Ask before work of more than 50 GB or an hour; refuse where nobody can be asked."""
+    from ..pipeline.plan import refuse_or_ask, require_disk
+
+    require_disk(steps)
+    text = refuse_or_ask(steps, workers, yes, sys.stdin.isatty())
+    if text:
+        click.confirm(f"{text}. Go on?", abort=True, err=True)

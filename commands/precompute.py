@@ -8,13 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .datasets import find_datasets, targets_folder
-from .options import answer, count_workers, open_space, options_of, running, show_progress
+from .convert import default_request, plan_request
+from .datasets import find_datasets, targets_folder, unmade_sources
+from .options import (
+    agree_to,
+    answer,
+    count_workers,
+    open_space,
+    options_of,
+    running,
+    show_plan,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from ..pipeline.costs import StageCost
+    from ..pipeline.plan import Step
     from ..pipeline.workspace import Workspace
 
+PROBED_ABOVE_FRAMES = 20_000  # below, the slowest stage takes less than an hour, and nobody need be asked
 # Stages that run a policy: the option that names it, and the recipe that trains the embedded one.
 POLICIES = {
     "teacher": ("teacher", "teacher"),
@@ -71,6 +83,7 @@ def precompute(
     max_time: float | None,
     yes: bool,
     dry_run: bool,
+    price: float | None,
     **given: Any,
 ) -> None:
     """Datasets to supervision targets. Without a stage: what each would cost here, and which recipe needs it.
@@ -98,14 +111,62 @@ def precompute(
         }
         for stage in stages
     }
-    roots = find_datasets(space, datasets, as_json, None if no_deps else workers, dry_run)
     if dry_run:
-        for root in roots:
-            click.echo(f"precompute {' '.join(stages)} of {root}")
+        steps = plan_missing(space, datasets, stages, as_json)
+        for root in find_datasets(space, datasets, as_json, None, dry_run):
+            steps += plan_dataset(space, root, stages, params, out, name)
+        show_plan(steps, count_workers(workers), price, as_json)
         return
+    roots = find_datasets(space, datasets, as_json, None if no_deps else workers, dry_run)
+    large = [root for root in roots if frames_of(root) > PROBED_ABOVE_FRAMES] if not yes else []
+    agree_to(
+        [step for root in large for step in plan_dataset(space, root, stages, params, out, name)],
+        count_workers(workers),
+        yes,
+    )
     for root in roots:
         told = out, name, workers, scheduler, max_time, as_json, not no_deps
         make_targets(space, root, list(stages), params, *told)
+
+
+def plan_missing(space: Workspace, named: Sequence[str], stages: Sequence[str], as_json: bool) -> list[Step]:
+    """Conversions that come first, and the stages over what they make."""
+    from ..pipeline.plan import plan_targets_ahead
+
+    steps: list[Step] = []
+    for word in unmade_sources(space) if not named else ():
+        for conversion in plan_request(default_request(space, word), as_json):
+            steps += [conversion, *plan_targets_ahead(conversion, stages)]
+    return steps
+
+
+def plan_dataset(
+    space: Workspace,
+    root: Path,
+    stages: Sequence[str],
+    params: Mapping[str, Mapping[str, Any]],
+    out: Path | None = None,
+    name: str = "",
+) -> list[Step]:
+    """Stages over a dataset that is there; an untrained policy stands in where none is trained yet."""
+    import tempfile
+
+    from ..pipeline.plan import plan_targets
+
+    with tempfile.TemporaryDirectory(prefix="dpipe-stand-in-") as folder:
+        chosen = {}
+        for stage in stages:
+            embedded = _embedded(space, root, stage)
+            if stage in POLICIES and not embedded:
+                embedded = _stand_in(root, stage, Path(folder))
+            chosen[stage] = {**embedded, **params.get(stage, {})}
+        return plan_targets(root, stages, chosen, out or targets_folder(space, root), name)
+
+
+def frames_of(root: Path) -> int:
+    from ..streams.dataset import open_dataset
+
+    return open_dataset(root).total_frames
 
 
 def make_targets(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import UsageError
-from .datasets import find_datasets, targets_folder
-from .options import answer, open_space, options_of, running
-from .precompute import make_targets
+from .convert import default_request
+from .datasets import find_datasets, targets_folder, unmade_sources
+from .options import answer, count_workers, open_space, options_of, running, show_plan, show_progress
+from .precompute import make_targets, plan_dataset, plan_missing
 
 if TYPE_CHECKING:
+    from ..pipeline.plan import Step
     from ..pipeline.workspace import Workspace
+    from ..trainer.sizes import Sizes
 
 
 class RecipeCommand(click.Command):
@@ -47,19 +52,33 @@ class RecipeCommand(click.Command):
 @click.argument("recipe")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps.  [the recipe's own]")
 @click.option("--dataset", "datasets", multiple=True, help="Name or folder.  [the workspace's only group]")
-@click.option("--name", help="Name of the run.  [the dataset's]")
+@click.option(
+    "--mix",
+    type=click.Choice(["unified"]),
+    help="Mix several embodiments through the unified vector.  [dial: where there are several]",
+)
+@click.option("--name", help="Name of the run.  [the dataset's, or mixed]")
 @click.option(
     "--frames", type=click.Choice(["auto", "jpeg", "video", "none"]), default="auto", show_default=True
 )
 @click.option("--no-deps", is_flag=True, help="Do not build what is missing.")
+@click.option(
+    "--preset", default="", help="Named settings: paper, the publication's full size.  [none: tiny]"
+)
+@click.option(
+    "--track", default="auto", show_default=True, help="Metrics also to: auto, tensorboard, wandb, none."
+)
 @running
 def train(
     recipe: str,
     steps: int | None,
     datasets: tuple[str, ...],
+    mix: str | None,
     name: str | None,
     frames: str,
     no_deps: bool,
+    preset: str,
+    track: str,
     workspace: Path | None,
     as_json: bool,
     debug: bool,
@@ -69,6 +88,7 @@ def train(
     max_time: float | None,
     yes: bool,
     dry_run: bool,
+    price: float | None,
     **given: Any,
 ) -> None:
     """Targets to a policy; datasets and targets that are missing are made first.
@@ -78,47 +98,82 @@ def train(
     dpipe train libra --steps 500 --dataset libero
     dpipe train libra --help              the options of one recipe
     """
-    from ..pipeline.groups import group_datasets, one_group
+    from ..pipeline.groups import group_datasets, stop_at_several
     from ..trainer import RECIPES, open_recipe
 
     if recipe not in RECIPES:
         open_recipe(recipe)
     space = open_space(workspace)
-    configured = tuple(space.settings.get("train", {}).get(recipe, {}).get("datasets", ()))
-    roots = find_datasets(space, datasets or configured, as_json, None if no_deps else workers, dry_run)
-    group = one_group(group_datasets(roots), recipe)
-    if len(group.datasets) > 1:
-        listed = ", ".join(root.name for root in group.datasets)
-        raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
-    root = next(iter(group.datasets))
-    missing = _missing_targets(space, root, recipe, given)
-    if frames in ("auto", "jpeg") and _wants_shards(root):
-        missing["shards"] = {}
-    run_dir = space.run(recipe, name or root.name)
-    if missing:
-        click.echo(f"first: dpipe precompute {' '.join(missing)} --dataset {root.name}", err=True)
-    if dry_run:
-        click.echo(f"train {recipe} on {root} into {run_dir}")
+    settings = space.settings.get("train", {}).get(recipe, {})
+    named = datasets or tuple(settings.get("datasets", ()))
+    if mix is not None:
+        _refuse_mixing(recipe)
+    if not named:
+        _stop_before_work(space, recipe)
+    try:
+        roots = find_datasets(space, named, as_json, None if no_deps else workers, dry_run)
+    except UsageError as error:
+        if named or not dry_run:
+            raise
+        sizes = _sizes(recipe, given, steps, preset, [])
+        answer({"sizes": sizes.to_json()}, sizes.table, as_json)
+        click.echo(f"without data there is no plan: {str(error).splitlines()[0]}", err=True)
         return
-    if missing and not no_deps:
-        for stage, params in missing.items():
-            make_targets(space, root, [stage], {stage: params}, None, "", workers, scheduler, None, as_json)
-    from ..trainer.loop import Options
-    from ..trainer.run import train as run
+    if not roots:  # --dry-run, with everything still to be converted
+        show_plan(plan_missing(space, named, (), as_json), count_workers(workers), price, as_json)
+        click.echo(f"then: dpipe train {recipe}, on what is converted", err=True)
+        return
+    groups = group_datasets(roots)
+    if len(groups) > 1:
+        stop_at_several(groups, recipe, _mixing_problem(recipe))
+    mixing = mix is not None or len(groups) > 1
+    if not mixing and len(roots) > 1:
+        listed = ", ".join(root.name for root in roots)
+        raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
+    missing = {root: _missing_targets(space, root, recipe, given) for root in roots}
+    for root in roots:
+        if frames in ("auto", "jpeg") and _wants_shards(root):
+            missing[root]["shards"] = {}
+    run_dir = space.run(recipe, name or ("mixed" if mixing else roots[0].name))
+    for root in roots:
+        if missing[root]:
+            click.echo(f"first: dpipe precompute {' '.join(missing[root])} --dataset {root.name}", err=True)
+    if dry_run:
+        from ..pipeline.plan import plan_training
 
-    known = {item.name for item in fields(Options)}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    result = run(
-        recipe,
-        root,
-        run_dir,
-        steps=steps,
-        config={key: value for key, value in chosen.items() if key not in known},
-        options={key: value for key, value in chosen.items() if key in known},
-        targets=targets_folder(space, root),
-        frames=frames,
-        say=lambda text: click.echo(text, err=True),
-    )
+        planned = plan_missing(space, named, (), as_json)
+        for root in roots:
+            planned += plan_dataset(space, root, list(missing[root]), missing[root])
+        planned.append(plan_training(recipe, roots, run_dir, steps))
+        _show(planned, _sizes(recipe, given, steps, preset, roots), count_workers(workers), price, as_json)
+        return
+    for root in roots if not no_deps else ():
+        for stage, params in missing[root].items():
+            make_targets(space, root, [stage], {stage: params}, None, "", workers, scheduler, None, as_json)
+    from ..trainer.presets import preset_of
+
+    named_settings = preset_of(recipe, preset)
+    config, options = _divide(given)
+    common: dict[str, Any] = {
+        "steps": steps or named_settings.steps or None,
+        "config": {**named_settings.config, **config},
+        "options": {**named_settings.options, **options},
+        "frames": frames,
+        "say": lambda text: click.echo(text, err=True),
+        "preset": preset,
+        "track": track.split(","),
+    }
+    if mixing:
+        from ..trainer.mixed import train_mixed
+
+        folders = {root: targets_folder(space, root) for root in roots}
+        weights = settings.get("weights", {})
+        result = train_mixed(recipe, roots, run_dir, targets=folders, weights=weights, **common)
+    else:
+        from ..trainer.run import train as run
+
+        targets = targets_folder(space, roots[0])
+        result = run(recipe, roots[0], run_dir, targets=targets, **common)
     facts = {
         "run": str(result.run_dir),
         "recipe": recipe,
@@ -128,6 +183,68 @@ def train(
     answer(
         facts | {"checkpoint": str(result.checkpoint)}, f"{result.message}\n  run: {result.run_dir}", as_json
     )
+
+
+def _sizes(recipe: str, given: dict[str, Any], steps: int | None, preset: str, roots: list[Path]) -> Sizes:
+    """Parameters, memory and tokens of the run; for LIBERO's features where no dataset says otherwise."""
+    from ..schemas.errors import DataError
+    from ..streams.dataset import open_dataset
+    from ..trainer.run import space_of
+    from ..trainer.sizes import size_up
+
+    features = None
+    if len(roots) == 1:
+        with suppress(DataError):  # no statistics yet
+            features = space_of(open_dataset(roots[0]))
+    return size_up(recipe, *_divide(given), steps, preset, features)
+
+
+def _divide(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe's own options and the loop's, of those that were given."""
+    from ..trainer.loop import Options
+
+    known = {item.name for item in fields(Options)}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    own = {key: value for key, value in chosen.items() if key not in known}
+    return own, {key: value for key, value in chosen.items() if key in known}
+
+
+def _show(planned: Sequence[Step], sizes: Sizes, workers: int, price: float | None, as_json: bool) -> None:
+    """Plan and sizes on stdout; DataError where the plan cannot fit the disk."""
+    from ..pipeline.plan import plan_json, plan_text, require_disk
+
+    facts = {**plan_json(planned, workers, price), "sizes": sizes.to_json()}
+    answer(facts, f"{plan_text(planned, workers, price)}\n\n{sizes.table}", as_json)
+    require_disk(planned)
+
+
+def _mixing_problem(recipe: str) -> str:
+    from ..trainer.mixed import mixing_problem
+
+    return mixing_problem(recipe)
+
+
+def _refuse_mixing(recipe: str) -> None:
+    problem = _mixing_problem(recipe)
+    if problem:
+        raise UsageError(
+            f"{recipe} cannot learn from unified vectors: {problem}\n"
+            f"  next: dpipe train {recipe} --dataset NAME, or dpipe train dial --mix unified"
+        )
+
+
+def _stop_before_work(space: Workspace, recipe: str) -> None:
+    """Where several embodiments lie in a workspace, converted or not, and the recipe cannot mix them, say so now."""
+    from ..pipeline.groups import group_datasets, plan_datasets, stop_at_several
+
+    unmade = unmade_sources(space)
+    if len(space.datasets()) + len(unmade) < 2:
+        return
+    problem = _mixing_problem(recipe)
+    if problem:
+        progress = show_progress(False)
+        planned = [each for word in unmade for each in plan_datasets(default_request(space, word), progress)]
+        stop_at_several(group_datasets(space.datasets(), planned), recipe, problem)
 
 
 def _wants_shards(root: Path) -> bool:

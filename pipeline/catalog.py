@@ -1,50 +1,194 @@
 """The catalogue: every episode of a raw folder, checked but for its pixels, remembered between runs.
 
-Scans run as tasks; a recording whose files kept size and time is not opened again.
+Scans run as tasks; a recording whose files kept size and time is not opened again. Entries are held as Arrow
+columns and become Python objects when one is asked for: a million episodes are some hundred megabytes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..converters import Converter, load_converter
 from ..schemas.episode import Dropped, EpisodeRef, Recording, Segment
 from ..schemas.errors import DataError, UsageError
 from ..schemas.features import CameraFeature
-from .execute import Executor, Failure
+from .execute import Executor, Failure, Task, attempt
 from .payload import file_memo
 from .progress import Progress
+from .tables import numbers_of, read_columns, write_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+RECORDINGS_A_TASK = 64
+BATCH = 16_384  # entries turned into columns, or back into objects, at a time
+EPISODE, LEFT_OUT, EMPTY = 0, 1, 2  # kinds of entries; EMPTY: a recording with nothing in it
+
+
+class Refs(Sequence[EpisodeRef]):
+    """Episodes as columns, in order; an EpisodeRef is made when one is asked for."""
+
+    def __init__(self, table: pa.Table, raw: Path) -> None:
+        self.table, self.raw = table, raw
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return self.take(np.arange(len(self))[row])
+        if row < 0:
+            row += len(self)
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return next(self._made(self.table.slice(row, 1)))
+
+    def __iter__(self) -> Iterator[EpisodeRef]:
+        for start in range(0, len(self), BATCH):
+            yield from self._made(self.table.slice(start, BATCH))
+
+    def _made(self, table: pa.Table) -> Iterator[EpisodeRef]:
+        rows = table.select(["fields", "files", "cameras", "frames"]).to_pylist()
+        for row in rows:
+            value = json.loads(row["fields"])
+            value |= {"frames": row["frames"], "cameras": _cameras(row["cameras"])}
+            value["files"] = tuple(self.raw / name for name in json.loads(row["files"]))
+            value["segments"] = tuple(Segment(**segment) for segment in value["segments"])
+            value["warnings"] = tuple(value["warnings"])
+            yield EpisodeRef(**value)
+
+    def take(self, rows: NDArray[np.int64] | Sequence[int]) -> Refs:
+        if len(rows) == len(self) and (np.diff(rows) == 1).all():
+            return self
+        return Refs(self.table.unify_dictionaries().take(np.asarray(rows, np.int64)), self.raw)
+
+    @cached_property
+    def source_ids(self) -> list[str]:
+        return self.table.column("source_id").to_pylist()
+
+    @cached_property
+    def frames(self) -> NDArray[np.int64]:
+        """[episodes]"""
+        return numbers_of(self.table.column("frames"))
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        return {source_id: row for row, source_id in enumerate(self.source_ids)}
+
+    def texts(self, name: str) -> list[str]:
+        """A column of few distinct words: split, variant, instruction, cameras."""
+        return shared_texts(self.table.column(name))
+
+    def camera_sets(self) -> Iterator[tuple[tuple[CameraFeature, ...], int, int]]:
+        """(cameras, the first episode that has them, episodes that have them)."""
+        seen: dict[str, list[int]] = {}
+        for row, text in enumerate(self.texts("cameras")):
+            known = seen.setdefault(text, [row, 0])
+            known[1] += 1
+        for text, (row, count) in seen.items():
+            yield _cameras(text), row, count
+
+    def memos(self) -> Iterator[list[list[int]]]:
+        """[size, time] of each episode's files as they are now."""
+        held, memo = None, []
+        for files in self.paths():
+            if files is not held:
+                held, memo = files, file_memo(files)
+            yield memo
+
+    def paths(self) -> Iterator[tuple[Path, ...]]:
+        held, paths = None, ()
+        for text in self.texts("files"):
+            if text != held:  # episodes of one file follow one another
+                held, paths = text, tuple(self.raw / name for name in json.loads(text))
+            yield paths
+
+    @cached_property
+    def notes(self) -> list[tuple[str, str]]:
+        """(source_id, warning) of what is sound enough to convert and odd enough to report."""
+        odd = self.table.filter(self.table.column("odd"))
+        rows = zip(odd.column("source_id").to_pylist(), odd.column("fields").to_pylist(), strict=True)
+        return [(source_id, note) for source_id, text in rows for note in json.loads(text)["warnings"]]
 
 
 @dataclass
 class Catalog:
-    """Episodes in the order of their source, and those that cannot be converted."""
+    """Entries in the order of their source: episodes, and what cannot be converted."""
 
-    refs: list[EpisodeRef] = field(default_factory=list)
-    dropped: list[Dropped] = field(default_factory=list)
+    table: pa.Table
+    raw: Path
+    setting: str
     recordings: int = 0
     fresh: bool = False  # something was scanned now rather than remembered
-    memory: Callable[[], str] = str  # the JSON lines a next run may remember
+    variant: str | None = None  # None: all of them
+
+    @cached_property
+    def refs(self) -> Refs:
+        kinds = numbers_of(self.table.column("kind"))
+        wanted = kinds == EPISODE
+        if self.variant is not None:
+            wanted &= np.array([v == self.variant for v in shared_texts(self.table.column("variant"))], bool)
+        if wanted.all():
+            return Refs(self.table, self.raw)
+        return Refs(self.table.filter(_mask(wanted)), self.raw)
+
+    @cached_property
+    def dropped(self) -> list[Dropped]:
+        """What is left out, of this variant or before its variant was known."""
+        kinds = numbers_of(self.table.column("kind"))
+        if not (kinds == LEFT_OUT).any():
+            return []
+        found = []
+        for text in self.table.filter(_mask(kinds == LEFT_OUT)).column("fields").to_pylist():
+            fact = json.loads(text)
+            found.append(Dropped(**fact | {"files": tuple(fact["files"])}))
+        return [d for d in found if self.variant is None or d.variant in ("", self.variant)]
 
     @property
     def variants(self) -> list[str]:
         """Feature sets in the order met; each becomes a dataset of its own."""
-        return list(dict.fromkeys(ref.variant for ref in self.refs))
+        return list(dict.fromkeys(self.refs.texts("variant")))
 
     def of(self, variant: str) -> Catalog:
         """One variant's episodes, and what was left out before its variant was known."""
-        refs = [ref for ref in self.refs if ref.variant == variant]
-        dropped = [d for d in self.dropped if d.variant in ("", variant)]
-        return Catalog(refs, dropped, self.recordings, self.fresh, self.memory)
+        return Catalog(self.table, self.raw, self.setting, self.recordings, self.fresh, variant)
+
+    def remember(self, path: Path) -> None:
+        """Keep the scan for the next run."""
+        table = self.table.replace_schema_metadata({"setting": self.setting, "raw": str(self.raw)})
+        pieces = (table.slice(start, BATCH) for start in range(0, max(1, table.num_rows), BATCH))
+        write_parquet(path, pieces, table.schema)
 
 
-def scan_recording(source: str, recording: Recording, options: Any) -> list[EpisodeRef | Dropped]:
-    """One scan task."""
-    return list(load_converter(source).scan(recording, options))
+def scan_recordings(
+    source: str, raw: Path, recordings: Sequence[Recording], memos: Sequence[str], options: Any
+) -> tuple[list[Any], list[int]]:
+    """One scan task: entries as Arrow batches, and how many each recording has. A bug leaves out one recording."""
+    converter = load_converter(source)
+    made = _Entries(raw)
+    counts = []
+    for recording, memo in zip(recordings, memos, strict=True):
+        outcome = attempt(converter.scan, (recording, options))
+        first = made.rows
+        made.add(
+            recording.name, memo, [_failed(recording, outcome)] if isinstance(outcome, Failure) else outcome
+        )
+        counts.append(made.rows - first)
+    return made.finished(), counts
+
+
+def _failed(recording: Recording, failure: Failure) -> Dropped:
+    files = tuple(path.name for path in recording.files)
+    remedy = "look at this file, or report it"
+    return Dropped(recording.name, files, failure.message, remedy, recording.split)
 
 
 def build_catalog(
@@ -52,50 +196,234 @@ def build_catalog(
     raw: Path,
     options: Any,
     cache: Path | None,
-    executor: Executor,
+    executor_for: Callable[[int], Executor],
     progress: Progress,
 ) -> Catalog:
-    """Find and scan; `cache` is the JSON-lines file of earlier scans, the catalogue's `memory` the next one."""
+    """Find and scan; `cache` is the file of earlier scans, `Catalog.remember` writes the next one.
+
+    `executor_for(n)` is asked for a place to run only where n recordings have to be opened.
+    """
     if not raw.is_dir() and not raw.is_file():
-        raise missing_raw(converter, raw)
-    recordings = list(converter.find(raw, options))
-    if not recordings:
         raise missing_raw(converter, raw)
     # Options and version may change what a scan finds (pairing, cut): part of what the memory is good for.
     setting = json.dumps([converter.name, converter.version, asdict(options)], sort_keys=True, default=str)
-    remembered = _load(cache, raw, setting)
-    memos = {recording.name: file_memo(recording.files) for recording in recordings}
-    results: dict[str, list[EpisodeRef | Dropped]] = {}
-    todo: list[Recording] = []
-    for recording in recordings:
-        known = remembered.get(recording.name)
-        if known is not None and known[0] == memos[recording.name]:
-            results[recording.name] = known[1]
+    known, old_spans, memory = _remembered(cache, raw, setting)
+    spans: list[
+        tuple[int, int]
+    ] = []  # of each recording: rows of the memory, or (-1, its place among the new)
+    fresh: list[Recording] = []
+    memos: list[str] = []
+    for recording in converter.find(raw, options):
+        memo = json.dumps(file_memo(recording.files))
+        at = known.get(recording.name)
+        if at is not None and at[1] == memo:
+            spans.append(old_spans[at[0]])
         else:
-            todo.append(recording)
-    progress.begin("scan", len(todo), "recordings")
-    by_name = {recording.name: recording for recording in todo}
-    for recording in todo:
-        executor.submit(recording.name, scan_recording, converter.address, recording, options)
-    for name, outcome in executor.results():
-        if isinstance(outcome, Failure):
-            files = tuple(path.name for path in by_name[name].files)
-            outcome = [
-                Dropped(name, files, outcome.message, "look at this file, or report it", by_name[name].split)
-            ]
-        results[name] = list(outcome)
-        progress.advance()
-    progress.end()
-    catalog = Catalog(
-        recordings=len(recordings),
-        fresh=bool(todo or set(remembered) - set(results)),
-        memory=lambda: _memory(raw, setting, recordings, memos, results),
-    )
-    for recording in recordings:
-        for entry in results[recording.name]:
-            (catalog.refs if isinstance(entry, EpisodeRef) else catalog.dropped).append(entry)  # type: ignore[arg-type]
-    _check_unique(catalog.refs)
+            spans.append((-1, len(fresh)))
+            fresh.append(recording)
+            memos.append(memo)
+    if not spans:
+        raise missing_raw(converter, raw)
+    if not fresh and spans == old_spans:
+        table = memory
+    else:
+        scanned = _scan(converter, raw, options, fresh, memos, executor_for, progress)
+        table = _in_order(spans, memory, *scanned)
+    catalog = Catalog(table, raw, setting, len(spans), bool(fresh) or spans != old_spans)
+    if catalog.fresh:
+        _check_unique(catalog.refs.source_ids)
     return catalog
+
+
+def _scan(
+    converter: Converter,
+    raw: Path,
+    options: Any,
+    recordings: list[Recording],
+    memos: list[str],
+    executor_for: Callable[[int], Executor],
+    progress: Progress,
+) -> tuple[pa.Table, list[tuple[int, int]]]:
+    """Entries of recordings as columns in the order they came, and each recording's rows among them."""
+    import pyarrow as pa
+
+    progress.begin("scan", len(recordings), "recordings")
+    size = max(1, min(RECORDINGS_A_TASK, len(recordings) // RECORDINGS_A_TASK))
+    batches: list[Any] = []
+    spans: list[tuple[int, int]] = [(0, 0)] * len(recordings)
+    rows = 0
+
+    def take(first: int, outcome: tuple[list[Any], list[int]]) -> None:
+        nonlocal rows
+        batches.extend(outcome[0])
+        for at, count in enumerate(outcome[1], first):
+            spans[at] = (rows, rows + count)
+            rows += count
+        progress.advance(len(outcome[1]))
+
+    def task(first: int, last: int) -> Task:
+        some, their = recordings[first:last], memos[first:last]
+        return ((first, last), scan_recordings, (converter.address, raw, some, their, options))
+
+    tasks = (task(a, min(a + size, len(recordings))) for a in range(0, len(recordings), size))
+    if not recordings:
+        return pa.Table.from_batches([], entry_schema()), spans
+    executor = executor_for(len(recordings))
+    for (first, last), outcome in executor.results(tasks):
+        if not isinstance(outcome, Failure):
+            take(first, outcome)
+        elif last - first > 1:  # one of them takes workers down: find it
+            for at in range(first, last):
+                executor.submit(*task(at, at + 1)[:2], *task(at, at + 1)[2])
+        else:
+            made = _Entries(raw)
+            made.add(recordings[first].name, memos[first], [_failed(recordings[first], outcome)])
+            take(first, (made.finished(), [1]))
+    progress.end()
+    return pa.Table.from_batches(batches, entry_schema()), spans
+
+
+def _in_order(
+    spans: Sequence[tuple[int, int]], memory: pa.Table, scanned: pa.Table, new: Sequence[tuple[int, int]]
+) -> pa.Table:
+    """Remembered and new entries, recording by recording as the source lists them."""
+    import pyarrow as pa
+
+    base = memory.num_rows
+    runs: list[list[int]] = []
+    for start, stop in spans:
+        first, last = (start, stop) if start >= 0 else (base + new[stop][0], base + new[stop][1])
+        if runs and runs[-1][1] == first:
+            runs[-1][1] = last
+        else:
+            runs.append([first, last])
+    both = pa.concat_tables([memory, scanned])
+    if len(runs) == 1:
+        return both.slice(runs[0][0], runs[0][1] - runs[0][0])
+    if len(runs) <= 1000:
+        return pa.concat_tables([both.slice(a, b - a) for a, b in runs])
+    return both.unify_dictionaries().take(np.concatenate([np.arange(a, b) for a, b in runs]))
+
+
+class _Entries:
+    """Entries of recordings, gathered as lists and turned into Arrow columns now and then."""
+
+    def __init__(self, raw: Path) -> None:
+        self.raw, self.rows = raw, 0
+        self.batches: list[Any] = []
+        self.columns: dict[str, list[Any]] = {name: [] for name in entry_schema().names}
+
+    def add(self, recording: str, memo: str, entries: Sequence[EpisodeRef | Dropped]) -> None:
+        columns = self.columns
+        for entry in entries or [None]:
+            columns["recording"].append(recording)
+            columns["memo"].append(memo)
+            row = _entry(entry, self.raw)
+            for name, value in row.items():
+                columns[name].append(value)
+            self.rows += 1
+        if len(columns["kind"]) >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        schema = entry_schema()
+        arrays = [pa.array(self.columns[field.name], field.type) for field in schema]
+        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        self.columns = {name: [] for name in schema.names}
+
+    def finished(self) -> list[Any]:
+        if self.columns["kind"]:
+            self._flush()
+        return self.batches
+
+
+def entry_schema() -> pa.Schema:
+    """Few distinct words are dictionaries; what differs from episode to episode is one JSON text."""
+    import pyarrow as pa
+
+    word = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema(
+        [
+            ("recording", word),
+            ("memo", word),
+            ("kind", pa.int8()),
+            ("source_id", pa.string()),
+            ("split", word),
+            ("variant", word),
+            ("frames", pa.int64()),
+            ("instruction", word),
+            ("cameras", word),
+            ("files", word),
+            ("odd", pa.bool_()),
+            ("fields", pa.string()),
+        ]
+    )
+
+
+def _entry(entry: EpisodeRef | Dropped | None, raw: Path) -> dict[str, Any]:
+    if isinstance(entry, EpisodeRef):
+        told = {
+            "source_id": entry.source_id,
+            "split": entry.split,
+            "variant": entry.variant,
+            "instruction": entry.instruction,
+            "group": entry.group,
+            "segments": [segment.to_json() for segment in entry.segments],
+            "metadata": dict(entry.metadata),
+            "locator": dict(entry.locator),
+            "warnings": list(entry.warnings),
+        }
+        return {
+            "kind": EPISODE,
+            "source_id": entry.source_id,
+            "split": entry.split,
+            "variant": entry.variant,
+            "frames": entry.frames,
+            "instruction": entry.instruction,
+            "cameras": _cameras_text(entry.cameras),
+            "files": json.dumps([_relative(path, raw) for path in entry.files], ensure_ascii=False),
+            "odd": bool(entry.warnings),
+            "fields": json.dumps(told, ensure_ascii=False),
+        }
+    row = dict.fromkeys(("source_id", "split", "variant", "instruction", "cameras", "files", "fields"), "")
+    row |= {"kind": EMPTY, "frames": 0, "odd": False}
+    if entry is not None:
+        fact = entry.to_json()
+        del fact["checks"]
+        row |= {
+            "kind": LEFT_OUT,
+            "source_id": entry.source_id,
+            "fields": json.dumps(fact, ensure_ascii=False),
+        }
+    return row
+
+
+@lru_cache(maxsize=1024)
+def _cameras(text: str) -> tuple[CameraFeature, ...]:
+    return tuple(CameraFeature(**camera) for camera in json.loads(text))
+
+
+@lru_cache(maxsize=1024)
+def _cameras_text(cameras: tuple[CameraFeature, ...]) -> str:
+    return json.dumps([asdict(camera) for camera in cameras], ensure_ascii=False)
+
+
+def shared_texts(column: pa.ChunkedArray) -> list[str]:
+    """A column of few distinct words as a list in which equal words of a chunk are one object."""
+    words: list[str] = []
+    for chunk in column.chunks:
+        coded = chunk if hasattr(chunk, "dictionary") else chunk.dictionary_encode()
+        known = coded.dictionary.to_pylist()
+        words += [known[i] for i in coded.indices.to_pylist()]
+    return words
+
+
+def _mask(wanted: NDArray[np.bool_]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(wanted)
 
 
 def missing_raw(converter: Converter, raw: Path) -> DataError:
@@ -110,16 +438,35 @@ def missing_raw(converter: Converter, raw: Path) -> DataError:
     )
 
 
-def select(refs: Sequence[EpisodeRef], where: str | None, limit: int | None) -> list[EpisodeRef]:
+def select(refs: Refs, where: str | None, limit: int | None) -> Refs:
     """Episodes that meet an SQL condition over the catalogue, then the first `limit` of them."""
-    chosen = list(refs)
+    chosen = refs
     if where:
         import duckdb
-        import pyarrow as pa
 
+        episodes = _sql_table(refs)
+        try:
+            connection = duckdb.connect(config={"enable_external_access": False})
+            connection.register("episodes", episodes)
+            found = connection.execute(f"SELECT row FROM episodes WHERE {where} ORDER BY row").fetchnumpy()
+        except duckdb.Error as error:
+            raise UsageError(
+                f"--where cannot be evaluated: {str(error).splitlines()[0]}\n"
+                f"  columns: {', '.join(n for n in episodes.column_names if n != 'row')}"
+            ) from error
+        chosen = refs.take(np.asarray(found["row"], np.int64))
+    return chosen if limit is None else chosen[:limit]
+
+
+def _sql_table(refs: Refs) -> pa.Table:
+    """What --where may speak of: the catalogue's columns, and what converters told of each episode."""
+    import pyarrow as pa
+
+    pieces = []
+    for start in range(0, max(1, len(refs)), BATCH):
         rows = [
             {
-                "row": row,
+                "row": start + row,
                 "source_id": ref.source_id,
                 "split": ref.split,
                 "frames": ref.frames,
@@ -127,90 +474,59 @@ def select(refs: Sequence[EpisodeRef], where: str | None, limit: int | None) -> 
                 "variant": ref.variant,
                 **{k: v for k, v in ref.metadata.items() if isinstance(v, str | int | float | bool)},
             }
-            for row, ref in enumerate(refs)
+            for row, ref in enumerate(refs[start : start + BATCH])
         ]
-        episodes = pa.Table.from_pylist(rows)
-        try:
-            connection = duckdb.connect(config={"enable_external_access": False})
-            connection.register("episodes", episodes)
-            found = connection.execute(f"SELECT row FROM episodes WHERE {where} ORDER BY row").fetchall()
-        except duckdb.Error as error:
-            raise UsageError(
-                f"--where cannot be evaluated: {str(error).splitlines()[0]}\n"
-                f"  columns: {', '.join(n for n in episodes.column_names if n != 'row')}"
-            ) from error
-        chosen = [refs[row] for (row,) in found]
-    return chosen if limit is None else chosen[:limit]
-
-
-def ref_to_json(ref: EpisodeRef | Dropped, raw: Path) -> dict[str, Any]:
-    if isinstance(ref, Dropped):
-        return {"dropped": ref.to_json()}
-    value = asdict(ref)
-    value["files"] = [_relative(path, raw) for path in ref.files]
-    return value
-
-
-def ref_from_json(value: dict[str, Any], raw: Path) -> EpisodeRef | Dropped:
-    if "dropped" in value:
-        fact = value["dropped"]
-        return Dropped(**fact | {"files": tuple(fact["files"])})
-    value = dict(value)
-    value["files"] = tuple(raw / name for name in value["files"])
-    value["cameras"] = tuple(CameraFeature(**camera) for camera in value["cameras"])
-    value["segments"] = tuple(Segment(**segment) for segment in value["segments"])
-    value["warnings"] = tuple(value["warnings"])
-    return EpisodeRef(**value)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        pieces.append(pa.table({name: [row.get(name) for row in rows] for name in names}))
+    return pa.concat_tables(pieces, promote_options="permissive")
 
 
 def _relative(path: Path, raw: Path) -> str:
     return path.relative_to(raw).as_posix() if path.is_relative_to(raw) else path.as_posix()
 
 
-def _load(
+def _remembered(
     cache: Path | None, raw: Path, setting: str
-) -> dict[str, tuple[list[list[int]], list[EpisodeRef | Dropped]]]:
-    """Remembered scans by recording; a torn or foreign cache is as good as none."""
+) -> tuple[dict[str, tuple[int, str]], list[tuple[int, int]], pa.Table]:
+    """Earlier scans: recording -> (its place, its files' memo), rows of each, and the table.
+
+    A torn or foreign cache is as good as none.
+    """
+    import pyarrow as pa
+
+    nothing = pa.Table.from_batches([], entry_schema())
     if cache is None or not cache.is_file():
-        return {}
-    remembered: dict[str, tuple[list[list[int]], list[EpisodeRef | Dropped]]] = {}
+        return {}, [], nothing
     try:
-        with open(cache, encoding="utf-8") as file:
-            if json.loads(next(file)) != {"setting": setting, "raw": str(raw)}:
-                return {}
-            for line in file:
-                entry = json.loads(line)
-                refs = [ref_from_json(value, raw) for value in entry["entries"]]
-                remembered[entry["recording"]] = (entry["memo"], refs)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return {}
-    return remembered
+        table = read_columns(cache)
+    except (OSError, pa.ArrowInvalid):
+        return {}, [], nothing
+    meta = table.schema.metadata or {}
+    told = {"setting": setting, "raw": str(raw)}
+    if any(meta.get(name.encode()) != text.encode() for name, text in told.items()):
+        return {}, [], nothing
+    table = table.replace_schema_metadata(None)
+    if table.schema != entry_schema():
+        return {}, [], nothing
+    known: dict[str, tuple[int, str]] = {}
+    spans: list[tuple[int, int]] = []
+    names, memos = shared_texts(table.column("recording")), shared_texts(table.column("memo"))
+    held = None
+    for row, (name, memo) in enumerate(zip(names, memos, strict=True)):
+        if name != held:
+            held = name
+            known[name] = (len(spans), memo)
+            spans.append((row, row))
+        spans[-1] = (spans[-1][0], row + 1)
+    return known, spans, table
 
 
-def _memory(
-    raw: Path,
-    setting: str,
-    recordings: Iterable[Recording],
-    memos: dict[str, list[list[int]]],
-    results: dict[str, list[EpisodeRef | Dropped]],
-) -> str:
-    lines = [json.dumps({"setting": setting, "raw": str(raw)})]
-    for recording in recordings:
-        entry = {
-            "recording": recording.name,
-            "memo": memos[recording.name],
-            "entries": [ref_to_json(ref, raw) for ref in results[recording.name]],
-        }
-        lines.append(json.dumps(entry, ensure_ascii=False))
-    return "\n".join(lines) + "\n"
-
-
-def _check_unique(refs: Sequence[EpisodeRef]) -> None:
+def _check_unique(source_ids: Iterable[str]) -> None:
     seen: set[str] = set()
-    for ref in refs:
-        if ref.source_id in seen:
+    for source_id in source_ids:
+        if source_id in seen:
             raise DataError(
-                f"two recordings carry the same name '{ref.source_id}'\n"
+                f"two recordings carry the same name '{source_id}'\n"
                 f"  next: rename one of the files, or convert their folders separately with --raw and --name"
             )
-        seen.add(ref.source_id)
+        seen.add(source_id)

@@ -11,18 +11,20 @@ A killed run leaves spool files and part receipts; the same command picks them u
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..converters import Converter, load_converter
 from ..schemas.episode import Dropped, Embodiment, EpisodeRef
 from ..schemas.errors import DataError, UsageError
-from .catalog import Catalog, build_catalog, select
-from .durable import exclusive, remove_temporaries, require_space, write_file, write_json
-from .execute import Executor, Failure, open_executor, stop_requests
-from .finish import FinishResult, finish, load_receipts, recover
+from .catalog import Catalog, Refs, build_catalog, select
+from .durable import exclusive, remove_temporaries, require_space, write_json
+from .execute import Executor, Failure, Task, open_executor, stop_requests
+from .finish import FinishResult, finish, recover
 from .payload import (
     EpisodeJob,
     PartJob,
@@ -31,12 +33,21 @@ from .payload import (
     encode_episode,
     file_memo,
     mux_part,
-    receipt_path,
 )
 from .progress import Progress
-from .spool import read_spool
+from .receipts import COMPARED, Receipts, load_receipts
+from .spool import read_spool, spool_name, write_spool
+from .tables import has_language
+
+if TYPE_CHECKING:
+    from ..streams.shard_format import ShardOptions
+    from .plan import Step
 
 PART_FRAMES = 16_384
+SCAN = "scan.parquet"  # in the journal: the catalogue as the last run found it
+SCANNED_HERE = 512  # recordings up to which starting workers would cost more than they save
+JOBS_AT_A_TIME = 256
+PLANNED_ABOVE_PIXELS = 1e10  # some minutes of one core: below, nobody need be asked
 LAYOUT = 1  # raise when the same inputs would give other files
 
 
@@ -60,6 +71,7 @@ class ConvertRequest:
     workers: int = 0
     scheduler: str | None = None
     max_time_s: float | None = None
+    shards: ShardOptions | None = None  # write shards too, from the recorded frames
 
 
 @dataclass(frozen=True)
@@ -73,23 +85,56 @@ class ConvertResult:
     encoded: int  # episodes encoded by this run
     unchanged: bool  # the dataset was already complete
     finished: bool = True  # False for one job of several: dpipe finish numbers what all have made
+    shards: Path | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which episodes the dataset has, in the order they were taken in, cut into parts; fixed on disk once."""
+
+    files: tuple[str, ...]
+    parts: Mapping[int, list[str]]
+
+    @property
+    def listed(self) -> set[str]:
+        return {source_id for ids in self.parts.values() for source_id in ids}
+
+    def episodes(self) -> list[str]:
+        """Every episode once, where it was first listed."""
+        return list(dict.fromkeys(s for ids in self.parts.values() for s in ids))
 
 
 @dataclass
 class _Work:
     """What is left to do, from comparing the catalogue with the receipts."""
 
-    todo: list[EpisodeRef] = field(default_factory=list)  # encode
-    parts: dict[int, list[str]] = field(
-        default_factory=dict
-    )  # part -> source ids, in order, parts not yet muxed
+    todo: list[tuple[int, int]] = field(default_factory=list)  # encode: (row of the refs, part)
+    parts: dict[int, list[str]] = field(default_factory=dict)  # parts not yet muxed -> their episodes
     order: list[str] = field(default_factory=list)  # every episode of the dataset, in its order
+    gone: list[tuple[str, int]] = field(default_factory=list)  # listed, neither done nor found any more
 
 
-def convert_all(request: ConvertRequest, progress: Progress) -> list[ConvertResult]:
-    """Convert everything a raw folder holds: where recordings differ in their features, a dataset a variant."""
+def convert_all(
+    request: ConvertRequest, progress: Progress, agree: Callable[[list[Step]], None] | None = None
+) -> list[ConvertResult]:
+    """Convert everything a raw folder holds: where recordings differ in their features, a dataset a variant.
+
+    `agree` hears the plan of work that may be large, and raises where it is not wanted.
+    """
+    from .plan import plan_convert
+
     catalog = read_catalog(request, progress)
-    return [convert(each, progress, catalog) for each in by_variant(request, catalog)]
+    requests = by_variant(request, catalog)
+    if agree is not None and _pixels(catalog.refs, request) > PLANNED_ABOVE_PIXELS:
+        agree([plan_convert(each, catalog) for each in requests])
+    return [convert(each, progress, catalog) for each in requests]
+
+
+def _pixels(refs: Refs, request: ConvertRequest) -> int:
+    """Of all cameras of all episodes, each as large as in the first with its cameras."""
+    mean = float(refs.frames.mean()) if len(refs) else 0.0
+    sizes = ((map(request.video.size, cameras), count) for cameras, _, count in refs.camera_sets())
+    return round(mean * sum(count * sum(c.height * c.width for c in cameras) for cameras, count in sizes))
 
 
 def by_variant(request: ConvertRequest, catalog: Catalog) -> list[ConvertRequest]:
@@ -107,10 +152,14 @@ def read_catalog(request: ConvertRequest, progress: Progress) -> Catalog:
     """Scan the raw folder, with what any dataset made from it remembers."""
     converter = load_converter(request.source)
     made = [request.out, *sorted(request.out.parent.glob(f"{request.out.name}-*"))]
-    caches = [root / "dpipe" / "journal" / "scan.jsonl" for root in made]
+    caches = [root / "dpipe" / "journal" / SCAN for root in made]
     cache = next((path for path in caches if path.is_file()), None)
-    with stop_requests(request.max_time_s) as stop:
-        return build_catalog(converter, request.raw, request.options, cache, Executor(stop), progress)
+    with stop_requests(request.max_time_s) as stop, _Lazy(stop, request) as executors:
+
+        def executor_for(recordings: int) -> Executor:
+            return executors.heavy(recordings) if recordings >= SCANNED_HERE else executors.light()
+
+        return build_catalog(converter, request.raw, request.options, cache, executor_for, progress)
 
 
 def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None = None) -> ConvertResult:
@@ -121,7 +170,9 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
     catalog = catalog.of(request.variant)
     journal = request.out / "dpipe" / "journal"
     _refuse_foreign(request.out)
-    if not _chosen(catalog, _order(journal), request) and not _order(journal):
+    order = load_order(journal)
+    refs = _chosen(catalog, order, request)
+    if not len(refs) and not order.parts:
         raise _nothing_left(request, catalog)
     with (
         exclusive(journal, f"convert {converter.name}", share=request.share),
@@ -131,28 +182,30 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
         recover(request.out)
         embodiment = converter.embodiment_of(request.raw, request.options, request.variant)
         _check_settings(request, converter, journal)
-        if catalog.fresh or not (journal / "scan.jsonl").is_file():
-            write_file(journal / "scan.jsonl", catalog.memory().encode())
-        refs = _chosen(catalog, _order(journal), request)
-        by_id = {ref.source_id: ref for ref in refs}
-        receipts = load_receipts(request.out)
-        work = _plan(request, converter, journal, refs, receipts)
+        if catalog.fresh or not (journal / SCAN).is_file():
+            catalog.remember(journal / SCAN)
+        if order_files(journal) != order.files:  # another run got in between
+            order = load_order(journal)
+            refs = _chosen(catalog, order, request)
+        work = _plan(request, converter, journal, order, refs, load_receipts(request.out, COMPARED))
         if request.finish_only and work.parts:
             raise _unfinished_parts(request, work)
         if request.share:
             work = _share(work, *request.share)
         if work.todo:
-            need = sum(ref.frames * sum(c.height * c.width for c in ref.cameras) for ref in work.todo) // 8
-            require_space(request.out, need, f"converting {len(work.todo)} episodes")
+            _require_room(request, refs.take([row for row, _ in work.todo]))
             executor = executors.heavy(len(work.todo))
             progress.say(
                 f"convert {converter.name}: {len(work.todo)} episodes to do, in {executor.description}"
             )
         else:
             executor = executors.light()
-        _run(request, embodiment, by_id, work, executor, progress, journal)
+        _run(request, embodiment, refs, work, executor, progress, journal)
         if request.share:
-            return _shared_result(request, work)
+            frames = int(refs.frames[[row for row, _ in work.todo]].sum())
+            return ConvertResult(
+                request.out, len(work.todo), frames, 0, (), (), len(work.todo), False, finished=False
+            )
         result = finish(
             request.out,
             name=request.name,
@@ -163,23 +216,37 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
             embodiment=embodiment,
             order=work.order,
             scan_dropped=catalog.dropped,
-            warnings=[w for ref in refs for w in ref.warnings],
+            warnings=[note for _, note in refs.notes],
         )
+        shards = _write_shards(request, request.shards, executors, progress) if request.shards else None
         _clean_spool(journal)
-    return _result(request, result, len(work.todo), refs)
+    return _result(request, result, len(work.todo), refs, shards)
+
+
+def _write_shards(
+    request: ConvertRequest, options: ShardOptions, executors: _Lazy, progress: Progress
+) -> Path:
+    """Shards of the numbered dataset, their JPEGs from the spool files where these are still there."""
+    from ..streams.dataset import open_dataset
+    from ..streams.shard_format import FOLDER
+    from .shards import fill_shards, parts_waiting
+
+    dataset = open_dataset(request.out)
+    out = dataset.root / FOLDER / options.variant
+    waiting = parts_waiting(dataset, out, options)
+    executor = executors.heavy(len(waiting)) if len(waiting) > 1 else executors.light()
+    fill_shards(dataset, out, options, waiting, executor, progress, request.out / "dpipe" / "spool")
+    return out
 
 
 def _share(work: _Work, part: int, count: int) -> _Work:
     """What one of `count` independent jobs has to do: every count-th part, whole."""
     parts = {number: ids for number, ids in work.parts.items() if number % count == part}
-    mine = {source_id for ids in parts.values() for source_id in ids}
-    return _Work([ref for ref in work.todo if ref.source_id in mine], parts, work.order)
-
-
-def _shared_result(request: ConvertRequest, work: _Work) -> ConvertResult:
-    frames = sum(ref.frames for ref in work.todo)
-    return ConvertResult(
-        request.out, len(work.todo), frames, 0, (), (), len(work.todo), False, finished=False
+    return _Work(
+        [(row, number) for row, number in work.todo if number in parts],
+        parts,
+        work.order,
+        [(source_id, number) for source_id, number in work.gone if number in parts],
     )
 
 
@@ -192,7 +259,7 @@ def _unfinished_parts(request: ConvertRequest, work: _Work) -> DataError:
 
 
 def _result(
-    request: ConvertRequest, done: FinishResult, encoded: int, refs: Sequence[EpisodeRef]
+    request: ConvertRequest, done: FinishResult, encoded: int, refs: Refs, shards: Path | None
 ) -> ConvertResult:
     return ConvertResult(
         root=request.out,
@@ -200,9 +267,10 @@ def _result(
         frames=done.frames,
         bytes=done.bytes,
         dropped=done.dropped,
-        warnings=tuple(f"{ref.source_id}: {note}" for ref in refs for note in ref.warnings),
+        warnings=tuple(f"{source_id}: {note}" for source_id, note in refs.notes),
         encoded=encoded,
         unchanged=done.unchanged,
+        shards=shards,
     )
 
 
@@ -216,54 +284,64 @@ def embodiment_check(request: ConvertRequest) -> None:
 
 
 def _compare(
-    request: ConvertRequest,
-    converter: Converter,
-    batches: Sequence[dict[str, Any]],
-    refs: Sequence[EpisodeRef],
-    receipts: dict[str, dict[str, Any]],
-) -> tuple[list[EpisodeRef], list[EpisodeRef]]:
-    """(new episodes, episodes whose recording changed since their receipt)."""
-    listed = {source_id for batch in batches for part in batch["parts"] for source_id in part["episodes"]}
-    key = episode_key_base(converter, request)
-    fresh = [ref for ref in refs if ref.source_id not in listed]
-    changed = [
-        ref
-        for ref in refs
-        if ref.source_id in receipts and not _valid(request, ref, receipts[ref.source_id], key)
-    ]
-    return fresh, changed
+    request: ConvertRequest, converter: Converter, order: Order, refs: Refs, receipts: Receipts
+) -> tuple[list[int], list[int]]:
+    """Rows of new episodes, and of those whose recording changed since their receipt."""
+    listed = order.listed
+    base = episode_key_base(converter, request)
+    fresh = [row for row, source_id in enumerate(refs.source_ids) if source_id not in listed]
+    if not len(receipts):
+        return fresh, []
+    changed = []
+    rows_of, memos = refs.row_of, list(refs.memos())
+    names = ("source_id", "key", "memo", "raw_digest", "dropped")
+    for at, (source_id, *values) in enumerate(receipts.rows(names)):
+        row = rows_of.get(source_id)
+        if row is None or receipts.latest[source_id] != at:
+            continue
+        receipt: dict[str, Any] = dict(zip(names[1:], values, strict=True))
+        if not _valid(request, receipt, _key(base, source_id), memos[row], lambda row=row: refs[row]):
+            changed.append(row)
+    return fresh, sorted(changed)
 
 
 def _plan(
     request: ConvertRequest,
     converter: Converter,
     journal: Path,
-    refs: Sequence[EpisodeRef],
-    receipts: dict[str, dict[str, Any]],
+    order: Order,
+    refs: Refs,
+    receipts: Receipts,
 ) -> _Work:
     """Fix the order of new episodes on disk, and find what has no valid receipt yet."""
-    batches = _order(journal)
-    fresh, changed = _compare(request, converter, batches, refs, receipts)
+    fresh, changed = _compare(request, converter, order, refs, receipts)
+    parts = dict(order.parts)
     if fresh or changed:
         # A changed episode keeps its place; its new payload goes into a new part, listed as a replacement.
-        first = max((part["part"] for batch in batches for part in batch["parts"]), default=-1) + 1
-        new = sorted(fresh, key=lambda ref: _split_rank(ref.split)) if not batches else fresh
-        batch = {"parts": _parts([*new, *changed], first, request.part_frames)}
-        write_json(journal / f"order-{len(batches):04d}.json", batch, indent=None)
-        batches.append(batch)
-    key = episode_key_base(converter, request)
-    parts = {part["part"]: part["episodes"] for batch in batches for part in batch["parts"]}
-    done = {receipt["part"] for receipt in receipts.values()}
-    by_id = {ref.source_id: ref for ref in refs}
-    work = _Work(order=list(dict.fromkeys(s for ids in parts.values() for s in ids)))
+        if not order.parts:
+            splits = refs.texts("split")
+            fresh.sort(key=lambda row: _split_rank(splits[row]))
+        new = _parts(refs, [*fresh, *changed], max(parts, default=-1) + 1, request.part_frames)
+        batch = {"parts": [{"part": part, "episodes": ids} for part, ids in new.items()]}
+        write_json(journal / f"order-{len(order.files):04d}.json", batch, indent=None)
+        parts |= new
+    base = episode_key_base(converter, request)
+    done = set(np.unique(receipts.numbers("part")).tolist())
+    work = _Work(order=Order((), parts).episodes())
+    spool = journal.parent / "spool"
+    spooled = {path.name for path in spool.iterdir()} if spool.is_dir() else set()
     for part, ids in parts.items():
-        if part in done or receipt_path(request.out, part).is_file():
+        if part in done:
             continue
         work.parts[part] = ids
         for source_id in ids:
-            ref = by_id.get(source_id)
-            if ref is not None and not _spooled(request, journal, ref, key, part):
-                work.todo.append(ref)
+            row, path = refs.row_of.get(source_id), _spool_path(journal, source_id, part)
+            if path.name in spooled and _spooled(request, path, refs, row, _key(base, source_id)):
+                continue
+            if row is None:
+                work.gone.append((source_id, part))
+            else:
+                work.todo.append((row, part))
     return work
 
 
@@ -279,57 +357,65 @@ class ConvertPlan:
     todo_episodes: int
     todo_frames: int
     changed: tuple[str, ...]
-    pixels: int  # of the frames to do, all cameras
     raw_bytes: int  # of the files to read
     files: int  # to be written
     dropped: tuple[Dropped, ...]
 
 
-def plan_conversion(request: ConvertRequest, catalog: Catalog) -> ConvertPlan:
-    """Compare a catalogue with what is done."""
+def plan_conversion(request: ConvertRequest, catalog: Catalog) -> tuple[ConvertPlan, Refs]:
+    """Compare a catalogue with what is done; what is to do, and the episodes of it."""
     converter = load_converter(request.source)
     embodiment_check(request)
     journal = request.out / "dpipe" / "journal"
     if (journal / "settings.json").is_file():
         _check_settings(request, converter, journal)
     catalog = catalog.of(request.variant)
-    batches = _order(journal)
-    refs = _chosen(catalog, batches, request)
-    receipts = load_receipts(request.out)
-    fresh, changed = _compare(request, converter, batches, refs, receipts)
-    redo = {ref.source_id for ref in (*fresh, *changed)}
-    todo = [ref for ref in refs if ref.source_id in redo or ref.source_id not in receipts]
-    cameras = len(refs[0].cameras) if refs else 0
-    sizes = {path: path.stat().st_size for ref in todo for path in ref.files if path.exists()}
-    return ConvertPlan(
+    order = load_order(journal)
+    refs = _chosen(catalog, order, request)
+    receipts = load_receipts(request.out, COMPARED)
+    fresh, changed = _compare(request, converter, order, refs, receipts)
+    redo = {*fresh, *changed}
+    rows = [row for row, s in enumerate(refs.source_ids) if row in redo or s not in receipts.latest]
+    todo = refs.take(rows)
+    sizes: dict[Path, int] = {}
+    for paths in todo.paths():
+        for path in paths:
+            if path not in sizes:
+                sizes[path] = path.stat().st_size if path.exists() else 0
+    cameras = next((cameras for cameras, _, _ in refs.camera_sets()), ())
+    plan = ConvertPlan(
         source=converter.name,
         root=request.out,
         recordings=catalog.recordings,
         episodes=len(refs),
-        frames=sum(ref.frames for ref in refs),
+        frames=int(refs.frames.sum()),
         todo_episodes=len(todo),
-        todo_frames=sum(ref.frames for ref in todo),
-        changed=tuple(ref.source_id for ref in changed),
-        pixels=sum(
-            ref.frames * c.height * c.width for ref in todo for c in map(request.video.size, ref.cameras)
-        ),
+        todo_frames=int(todo.frames.sum()),
+        changed=tuple(refs.source_ids[row] for row in changed),
         raw_bytes=sum(sizes.values()),
-        files=len(_parts(todo, 0, request.part_frames)) * (1 + cameras),
+        files=len(_parts(todo, range(len(todo)), 0, request.part_frames)) * (1 + len(cameras)),
         dropped=tuple(catalog.dropped),
     )
+    return plan, todo
 
 
-def _chosen(catalog: Catalog, batches: Sequence[dict[str, Any]], request: ConvertRequest) -> list[EpisodeRef]:
+def _chosen(catalog: Catalog, order: Order, request: ConvertRequest) -> Refs:
     """Episodes that meet --where and --limit, and those an earlier run has already taken in."""
-    listed = {source_id for batch in batches for part in batch["parts"] for source_id in part["episodes"]}
-    wanted = {ref.source_id for ref in select(catalog.refs, request.where, request.limit)} | listed
-    return _of_one_size([ref for ref in catalog.refs if ref.source_id in wanted], request)
+    refs = catalog.refs
+    if request.where or request.limit:
+        wanted = {*select(refs, request.where, request.limit).source_ids, *order.listed}
+        refs = refs.take([row for row, source_id in enumerate(refs.source_ids) if source_id in wanted])
+    _require_one_size(refs, request)
+    return refs
 
 
 def episode_key_base(converter: Converter, request: ConvertRequest) -> str:
     """What of an episode's identity is common to the run: name, version, parameters; never a path."""
     return json.dumps(
-        [LAYOUT, converter.name, converter.version, asdict(request.options), request.video.to_json()],
+        [
+            *(LAYOUT, converter.name, converter.version, asdict(request.options), request.video.to_json()),
+            *([converter.rate, converter.actions] if converter.rate else []),
+        ],
         sort_keys=True,
     )
 
@@ -340,50 +426,57 @@ def _key(base: str, source_id: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{base}\n{source_id}".encode())
 
 
-def _valid(request: ConvertRequest, ref: EpisodeRef, receipt: dict[str, Any], base: str) -> bool:
+def _valid(
+    request: ConvertRequest,
+    receipt: Mapping[str, Any],
+    key: str,
+    memo: list[list[int]],
+    read: Callable[[], EpisodeRef],
+) -> bool:
     """A receipt holds when its key matches and the files are as they were, or prove to hold the same episode."""
-    if receipt["key"] != _key(base, ref.source_id):
+    if receipt["key"] != key:
         return False
-    if not request.verify and json.loads(receipt["memo"]) == file_memo(ref.files):
+    if not request.verify and receipt["memo"] == json.dumps(memo):
         return True
     if receipt["dropped"]:
         return False  # it failed with other files: worth another try
+    ref = read()
     if not all(path.exists() for path in ref.files):
         return True  # discarded after its receipt was durable
     try:
-        return digest_episode(_job(request, ref, base, Path())) == receipt["raw_digest"]
+        return digest_episode(episode_job(request, ref, key, Path())) == receipt["raw_digest"]
     except DataError:
         return False
 
 
-def _job(
-    request: ConvertRequest, ref: EpisodeRef, base: str, spool: Path, embodiment: Embodiment | None = None
+def episode_job(
+    request: ConvertRequest, ref: EpisodeRef, key: str, spool: Path, embodiment: Embodiment | None = None
 ) -> EpisodeJob:
     if embodiment is None:
         converter = load_converter(request.source)
         embodiment = converter.embodiment_of(request.raw, request.options, ref.variant)
     return EpisodeJob(
-        request.source, ref, request.options, request.video, embodiment, _key(base, ref.source_id), spool
+        request.source, ref, request.options, request.video, embodiment, key, spool, request.shards
     )
 
 
 def _spool_path(journal: Path, source_id: str, part: int) -> Path:
-    import xxhash
-
-    return journal.parent / "spool" / f"{part:06d}-{xxhash.xxh3_64_hexdigest(source_id.encode())}.episode"
+    return journal.parent / "spool" / f"{part:06d}-{spool_name(source_id)}.episode"
 
 
-def _spooled(request: ConvertRequest, journal: Path, ref: EpisodeRef, base: str, part: int) -> bool:
-    path = _spool_path(journal, ref.source_id, part)
-    if not path.is_file():
-        return False
+def _spooled(request: ConvertRequest, path: Path, refs: Refs, row: int | None, key: str) -> bool:
+    """Whether a spool file holds its episode as the recording is now; one whose recording is gone counts."""
     try:
         receipt = read_spool(path).receipt
     except DataError:
         path.unlink()
         return False
-    as_receipt = dict(receipt) | {"memo": json.dumps(receipt["memo"]), "dropped": receipt.get("dropped", "")}
-    if _valid(request, ref, as_receipt, base):
+    if row is None:
+        return receipt["key"] == key and "dropped" not in receipt
+    told = {"key": receipt["key"], "memo": json.dumps(receipt["memo"])}
+    told |= {"dropped": receipt.get("dropped", ""), "raw_digest": receipt.get("raw_digest", "")}
+    ref = refs[row]
+    if _valid(request, told, key, file_memo(ref.files), lambda: ref):
         return True
     path.unlink()
     return False
@@ -392,70 +485,80 @@ def _spooled(request: ConvertRequest, journal: Path, ref: EpisodeRef, base: str,
 def _run(
     request: ConvertRequest,
     embodiment: Embodiment,
-    by_id: dict[str, EpisodeRef],
+    refs: Refs,
     work: _Work,
     executor: Executor,
     progress: Progress,
     journal: Path,
 ) -> None:
     """Encode what is missing; mux a part as soon as its last episode is in."""
+    if not work.parts:
+        return
     converter = load_converter(request.source)
     base = episode_key_base(converter, request)
-    part_of = {source_id: part for part, ids in work.parts.items() for source_id in ids}
-    missing = {part: set(ids) for part, ids in work.parts.items()}
-    todo = {ref.source_id for ref in work.todo}
-    for part in missing:
-        missing[part] &= todo
-    numbers = _provisional_numbers(work.order, by_id, work.parts)
+    missing = dict.fromkeys(work.parts, 0)
+    for _, part in work.todo:
+        missing[part] += 1
+    numbers = _provisional_numbers(work, refs)
     progress.begin(f"convert {converter.name}", len(work.todo))
-    lost: dict[str, str] = {}
+    cameras = next((tuple(c.key for c in cameras) for cameras, _, _ in refs.camera_sets()), None)
 
     def mux(part: int) -> None:
         ids = work.parts[part]
         spools = [_spool_path(journal, source_id, part) for source_id in ids]
+        there = [path.is_file() for path in spools]
         job = PartJob(
             part=part,
             root=request.out,
-            spools=tuple(path for path in spools if path.is_file()),
+            spools=tuple(path for path, is_there in zip(spools, there, strict=True) if is_there),
             features=embodiment.features,
             sidecar=embodiment.sidecar,
-            cameras=_camera_keys(by_id, ids),
+            cameras=cameras if cameras is not None else _spooled_cameras(spools),
             fps=embodiment.fps,
             video=request.video,
-            numbers=tuple(
-                numbers[source_id] for source_id, path in zip(ids, spools, strict=True) if path.is_file()
-            ),
+            numbers=tuple(numbers(s) for s, is_there in zip(ids, there, strict=True) if is_there),
+            language=has_language(embodiment),
         )
         executor.submit(("part", part), mux_part, job)
 
+    def episodes() -> Iterator[Task]:
+        for start in range(0, len(work.todo), JOBS_AT_A_TIME):
+            some = work.todo[start : start + JOBS_AT_A_TIME]
+            for ref, (row, part) in zip(refs.take([row for row, _ in some]), some, strict=True):
+                spool = _spool_path(journal, ref.source_id, part)
+                job = episode_job(request, ref, _key(base, ref.source_id), spool, embodiment)
+                yield ("episode", (row, part)), encode_episode, (job,)
+
+    for source_id, part in work.gone:
+        _record_gone(_spool_path(journal, source_id, part), source_id, _key(base, source_id), request.raw)
     for part in sorted(missing):
         if not missing[part]:
             mux(part)
-    for ref in work.todo:
-        part = part_of[ref.source_id]
-        job = _job(request, ref, base, _spool_path(journal, ref.source_id, part), embodiment)
-        executor.submit(("episode", ref.source_id), encode_episode, job)
-    for (kind, name), outcome in executor.results():
+    for (kind, name), outcome in executor.results(episodes()):
+        if kind == "part":
+            if isinstance(outcome, Failure):
+                raise DataError(f"part {name}: {outcome.message}")
+            # Its receipt is durable: the spool files may go, unless shards are still to be made of them.
+            for source_id in work.parts[name] if request.shards is None else ():
+                _spool_path(journal, source_id, name).unlink(missing_ok=True)
+            continue
+        row, part = name
         if isinstance(outcome, Failure):
-            if kind == "part" or not outcome.killed_workers:
-                raise DataError(f"{kind} {name}: {outcome.message}")
-            lost[name] = outcome.message
+            ref = refs[row]
+            if not outcome.killed_workers:
+                raise DataError(f"episode {ref.source_id}: {outcome.message}")
             _record_lost(
-                _spool_path(journal, name, part_of[name]), by_id[name], _key(base, name), outcome.message
+                _spool_path(journal, ref.source_id, part), ref, _key(base, ref.source_id), outcome.message
             )
-        if kind == "episode":
-            facts = {} if isinstance(outcome, Failure) else outcome
-            progress.advance(1, facts.get("frames", 0), facts.get("bytes", 0))
-            part = part_of[name]
-            missing[part].discard(name)
-            if not missing[part]:
-                mux(part)
+            outcome = {}
+        progress.advance(1, outcome.get("frames", 0), outcome.get("bytes", 0))
+        missing[part] -= 1
+        if not missing[part]:
+            mux(part)
     progress.end()
 
 
 def _record_lost(path: Path, ref: EpisodeRef, key: str, reason: str) -> None:
-    from .spool import write_spool
-
     receipt = {
         "source_id": ref.source_id,
         "split": ref.split,
@@ -473,45 +576,59 @@ def _record_lost(path: Path, ref: EpisodeRef, key: str, reason: str) -> None:
     write_spool(path, receipt, {}, {})
 
 
-def _provisional_numbers(
-    order: Sequence[str], by_id: dict[str, EpisodeRef], parts: dict[int, list[str]]
-) -> dict[str, tuple[int, int, int]]:
+def _record_gone(path: Path, source_id: str, key: str, raw: Path) -> None:
+    """A recording that an earlier run had listed, removed before it was converted."""
+    receipt = {"source_id": source_id, "key": key, "frames": 0, "memo": [], "metadata": {}}
+    receipt |= {"split": "", "variant": "", "instruction": "", "segments": [], "warnings": []}
+    receipt |= {"dropped": f"its recording is no longer in {raw}", "remedy": "put it back, or leave it so"}
+    write_spool(path, receipt, {}, {})
+
+
+def _provisional_numbers(work: _Work, refs: Refs) -> Callable[[str], tuple[int, int, int]]:
     """Numbers as they come out if nothing more is dropped; `finish` rewrites tables where they do not."""
-    numbers: dict[str, tuple[int, int, int]] = {}
+    rows = np.fromiter((refs.row_of.get(s, -1) for s in work.order), np.int64, len(work.order))
+    frames = np.where(rows >= 0, refs.frames[rows] if len(refs) else 0, 0)
+    first = np.cumsum(frames) - frames
     tasks: dict[str, int] = {}
-    index = 0
-    for episode, source_id in enumerate(order):
-        ref = by_id.get(source_id)
-        if ref is None:
-            numbers[source_id] = (episode, index, 0)
-            continue
-        numbers[source_id] = (episode, index, tasks.setdefault(ref.instruction, len(tasks)))
-        index += ref.frames
+    instruction = refs.texts("instruction")
+    task = [tasks.setdefault(instruction[row], len(tasks)) if row >= 0 else 0 for row in rows.tolist()]
+    place = {source_id: episode for episode, source_id in enumerate(work.order)}
+
+    def numbers(source_id: str) -> tuple[int, int, int]:
+        episode = place[source_id]
+        return episode, int(first[episode]), task[episode]
+
     return numbers
 
 
-def _camera_keys(by_id: dict[str, EpisodeRef], ids: Sequence[str]) -> tuple[str, ...]:
-    for source_id in ids:
-        if source_id in by_id:
-            return tuple(camera.key for camera in by_id[source_id].cameras)
-    return ()
+def _spooled_cameras(spools: Sequence[Path]) -> tuple[str, ...]:
+    """Camera keys by a finished episode, where every recording is gone."""
+    receipts = (read_spool(path).receipt for path in spools if path.is_file())
+    return next((tuple(r["cameras"]) for r in receipts if "cameras" in r), ())
 
 
-def _parts(refs: Sequence[EpisodeRef], first: int, part_frames: int) -> list[dict[str, Any]]:
+def _parts(refs: Refs, rows: Sequence[int], first: int, part_frames: int) -> dict[int, list[str]]:
     """Cut episodes, in order, into parts of at most `part_frames` frames (one longer episode is a part alone)."""
-    parts: list[dict[str, Any]] = []
-    frames = 0
-    for ref in refs:
-        if not parts or frames + ref.frames > part_frames:
-            parts.append({"part": first + len(parts), "episodes": []})
-            frames = 0
-        parts[-1]["episodes"].append(ref.source_id)
-        frames += ref.frames
+    parts: dict[int, list[str]] = {}
+    part, room = first - 1, -1
+    lengths = refs.frames.tolist()
+    for row in rows:
+        if room < lengths[row] or part < first:
+            part, room = part + 1, part_frames
+            parts[part] = []
+        parts[part].append(refs.source_ids[row])
+        room -= lengths[row]
     return parts
 
 
-def _order(journal: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(journal.glob("order-*.json"))]
+def order_files(journal: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in journal.glob("order-*.json")))
+
+
+def load_order(journal: Path) -> Order:
+    files = order_files(journal)
+    batches = (json.loads((journal / name).read_text()) for name in files)
+    return Order(files, {part["part"]: part["episodes"] for batch in batches for part in batch["parts"]})
 
 
 def _split_rank(split: str) -> tuple[int, str]:
@@ -519,27 +636,31 @@ def _split_rank(split: str) -> tuple[int, str]:
     return (0 if split == "train" else 1, split)
 
 
-def _of_one_size(refs: Sequence[EpisodeRef], request: ConvertRequest) -> list[EpisodeRef]:
-    """The refs, all with the same cameras of the same size; DataError with the sizes found otherwise."""
-    shapes: dict[tuple[Any, ...], str] = {}
-    for ref in refs:
-        shape = tuple((c.key, c.height, c.width) for c in map(request.video.size, ref.cameras))
-        shapes.setdefault(shape, ref.source_id)
+def _require_one_size(refs: Refs, request: ConvertRequest) -> None:
+    """All episodes have the same cameras of the same size; DataError with the sizes found otherwise."""
+    shapes: dict[tuple[Any, ...], int] = {}
+    for cameras, row, _ in refs.camera_sets():
+        shapes.setdefault(tuple((c.key, c.height, c.width) for c in map(request.video.size, cameras)), row)
     if len(shapes) > 1:
         listed = "\n".join(
-            f"    {', '.join(f'{key} {w}x{h}' for key, h, w in shape)}: {source_id}"
-            for shape, source_id in shapes.items()
+            f"    {', '.join(f'{key} {w}x{h}' for key, h, w in shape)}: {refs.source_ids[row]}"
+            for shape, row in shapes.items()
         )
         raise DataError(
             f"recordings differ in their pictures, and a dataset has one size a camera\n  found:\n{listed}\n"
             f"  next: --resize WxH brings them to one size, or convert their folders separately with --raw and --name"
         )
-    return list(refs)
+
+
+def _require_room(request: ConvertRequest, todo: Refs) -> None:
+    from .plan import conversion_bytes
+
+    require_space(request.out, sum(conversion_bytes(request, todo)), f"converting {len(todo)} episodes")
 
 
 def _nothing_left(request: ConvertRequest, catalog: Catalog) -> DataError:
     reasons = "\n".join(f"    {d.source_id}: {d.reason}" for d in catalog.dropped[:10])
-    if catalog.refs:
+    if len(catalog.refs):
         return DataError(f"no episode of {request.raw} meets --where {request.where!r}")
     return DataError(
         f"none of the {catalog.recordings} recordings in {request.raw} can be converted\n  found:\n{reasons}"
@@ -567,8 +688,10 @@ def _check_settings(request: ConvertRequest, converter: Converter, journal: Path
         "video": request.video.to_json(),
         "part_frames": request.part_frames,
     }
-    if converter.describe is not None:
-        body = converter.describe(request.raw, request.options, request.variant)
+    if converter.rate:
+        settings |= {"fps": converter.rate, "actions": converter.actions}
+    if converter.embodiment is None:
+        body = converter.embodiment_of(request.raw, request.options, request.variant)
         settings |= {"features": {f.name: list(f.names) for f in body.features}, "fps": body.fps}
     settings = json.loads(json.dumps(settings))
     if not path.is_file():

@@ -18,7 +18,8 @@ import numpy as np
 from ..schemas.errors import DataError, UsageError
 from ..stages import STAGES, DatasetInfo, Stage, build_params, load_stage
 from ..streams.dataset import Dataset, open_dataset
-from ..streams.shards import ShardOptions, encode_frames, plan_shards
+from ..streams.shard_format import ShardOptions
+from ..streams.shard_writing import encode_frames, plan_shards
 from .precompute import TARGETS, DiskDataset, DiskEpisode, expected_bytes
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _probe(stage: Stage, params: Any, dataset: Dataset) -> tuple[int, float, int
     return expected_bytes(specs, lengths) + round(extra * share), seconds * share, len(specs)
 
 
-def _probe_shards(dataset: Dataset, params: Any) -> tuple[int, float]:
+def _probe_shards(dataset: Dataset, params: Any) -> tuple[int, float, int]:
     """The same for shards: columns by arithmetic, pictures by coding a few."""
     options = ShardOptions(**asdict(params))
     plan = plan_shards(dataset, options)
@@ -102,7 +103,7 @@ def _probe_shards(dataset: Dataset, params: Any) -> tuple[int, float]:
         coded = encode_frames(dataset.frames(0, camera, 0, frames), size, options.quality)
         seconds += (time.perf_counter() - start) / frames
         row += sum(map(len, coded)) / frames
-    return round(row * dataset.total_frames), seconds * dataset.total_frames
+    return round(row * dataset.total_frames), seconds * dataset.total_frames, 0
 
 
 class _Nothing:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,9 @@ from ..schemas.errors import DpipeError, Interrupted, UsageError
 DRAIN_S = 50.0  # a stop request waits this long for tasks under way; the promise to the outside is 60 s
 IN_FLIGHT_PER_WORKER = 4  # enough to hide the scheduler's latency, few enough to stop soon
 FAILURES_ALLOWED = 2  # a task that takes a third worker down with it is given up
+
+
+Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]  # key, function, arguments
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,12 @@ class Executor:
 
     with executor: executor.submit(key, function, *args); for key, result in executor.results(): ...
     A result that is a `Failure` says so; nothing raises across tasks except a stop request (Interrupted).
+    `results(tasks)` draws further tasks from an iterator as places become free: a million need not be held.
     """
 
     def __init__(self, stop: StopRequest) -> None:
         self.stop = stop
-        self.waiting: deque[tuple[Any, Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.waiting: deque[Task] = deque()
 
     def __enter__(self) -> Executor:
         return self
@@ -97,11 +101,19 @@ class Executor:
     def submit(self, key: Any, function: Callable[..., Any], *args: Any) -> None:
         self.waiting.append((key, function, args))
 
-    def results(self) -> Iterator[tuple[Any, Any]]:
-        while self.waiting:
+    def results(self, tasks: Iterable[Task] = ()) -> Iterator[tuple[Any, Any]]:
+        more = iter(tasks)
+        while True:
             self._check_stop()
-            key, function, args = self.waiting.popleft()
-            yield key, _attempt(function, args)
+            task = self._next(more)
+            if task is None:
+                return
+            key, function, args = task
+            yield key, attempt(function, args)
+
+    def _next(self, more: Iterator[Task]) -> Task | None:
+        """What was submitted goes before what is drawn."""
+        return self.waiting.popleft() if self.waiting else next(more, None)
 
     def _check_stop(self) -> None:
         if self.stop.event.is_set():
@@ -159,24 +171,31 @@ class DaskExecutor(Executor):
         where = self.scheduler or "local cluster"
         return f"{self.workers} workers ({where}), dashboard {self.client.dashboard_link}"
 
-    def results(self) -> Iterator[tuple[Any, Any]]:
+    def results(self, tasks: Iterable[Task] = ()) -> Iterator[tuple[Any, Any]]:
         from distributed.scheduler import KilledWorker
 
+        more = iter(tasks)
         running: dict[Any, Any] = {}
         completed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stopped_at: float | None = None
-        while self.waiting or running:
+        while True:
             if self.stop.event.is_set():
                 if stopped_at is None:
                     stopped_at = time.monotonic()
                     self.waiting.clear()
+                    more = iter(())
                 if not running or time.monotonic() - stopped_at > DRAIN_S:
                     self._check_stop()
-            while self.waiting and len(running) < self.workers * IN_FLIGHT_PER_WORKER:
-                key, function, args = self.waiting.popleft()
-                future = self.client.submit(_attempt, function, args, pure=False)
+            while len(running) < self.workers * IN_FLIGHT_PER_WORKER:
+                task = self._next(more)
+                if task is None:
+                    break
+                key, function, args = task
+                future = self.client.submit(attempt, function, args, pure=False)
                 running[future] = key
                 future.add_done_callback(completed.put)
+            if not running:
+                break
             try:
                 future = completed.get(timeout=0.2)  # a stop request must be seen while tasks run
             except queue.Empty:
@@ -192,7 +211,8 @@ class DaskExecutor(Executor):
         self._check_stop()
 
 
-def _attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The result, or a Failure in place of whatever was raised."""
     try:
         return function(*args)
     except DpipeError as error:

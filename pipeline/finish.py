@@ -45,6 +45,7 @@ from .tables import (
     STATISTICS,
     data_file,
     data_schema,
+    has_language,
     info_json,
     part_place,
     read_columns,
@@ -124,7 +125,13 @@ def finish(
         (camera, _stream_info(episodes.streams[camera.key], video, embodiment.fps)) for camera in cameras
     ]
     info = info_json(
-        embodiment.features, described, embodiment.robot_type, embodiment.fps, totals, episodes.splits
+        embodiment.features,
+        described,
+        embodiment.robot_type,
+        embodiment.fps,
+        totals,
+        episodes.splits,
+        has_language(embodiment),
     )
     write_json(staging / "meta" / "info.json", info, indent=4)
     _stage_own_tables(staging, episodes)
@@ -218,8 +225,8 @@ class _Episodes:
         return self.receipts.column(name, self.kept[block])
 
 
-def _pick(values: Sequence[str], rows: NDArray[np.int64]) -> list[str]:
-    return [values[row] for row in rows.tolist()]
+def _pick(values: list[str], rows: NDArray[np.int64]) -> list[str]:
+    return [values[row] for row in rows]
 
 
 def _blocks(count: int, size: int = ROWS_AT_A_TIME) -> Iterator[slice]:
@@ -247,7 +254,7 @@ def _stage_data(root: Path, episodes: _Episodes, embodiment: Embodiment) -> list
     staged = receipts.numbers("staged")[kept]
     at = np.stack([receipts.numbers(f"at_{name}")[kept] for name in NUMBERS], axis=1)
     right = (at == episodes.all_numbers()).all(axis=1)
-    schema = data_schema(embodiment.features)
+    schema = data_schema(embodiment.features, has_language(embodiment))
     opened: dict[Path, Any] = {}
 
     def rows(kind: str, episode: int) -> pa.Table:

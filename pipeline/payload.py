@@ -20,13 +20,15 @@ from ..schemas.episode import Embodiment, Episode, EpisodeRef, FrameSource, Vide
 from ..schemas.errors import DataError
 from ..schemas.features import CameraFeature, Feature, check_columns
 from .durable import commit, temporary_name
+from .receipts import write_part_receipt
 from .spool import Spool, read_spool, write_spool
 from .statistics import FrameHistogram, column_statistics, sampled_frames
-from .tables import STATISTICS, data_file, data_schema, episode_table, video_file, write_parquet
+from .tables import data_file, data_schema, episode_table, language_rows, video_file, write_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from ..streams.shard_format import ShardOptions
     from ..video.mp4 import Run, SampleTable
 
 BLOCK_BYTES = 16 << 20  # pixels held at a time, whatever the resolution
@@ -64,6 +66,7 @@ class EpisodeJob:
     embodiment: Embodiment
     key: str
     spool: Path
+    shards: ShardOptions | None = None  # JPEGs too, for the shards written when the dataset is numbered
 
 
 def encode_episode(job: EpisodeJob) -> dict[str, Any]:
@@ -153,12 +156,15 @@ def _encode_cameras(
                 key, camera, sizes[key], job, arrays, blobs, histograms[key]
             )
     encoders: dict[str, Encoder] = {}
+    jpegs: dict[str, _Jpegs] = {}
     hashers = {key: _new_hash() for key in sources}
     for key in sources:
         blobs[key] = _blob()
         encoders[key] = Encoder(
             PRESETS[job.video.codec], sizes[key].height, sizes[key].width, job.embodiment.fps, blobs[key]
         )
+        if job.shards is not None:
+            jpegs[key] = _Jpegs(key, sizes[key], job.shards)
     counted = set(sampled_frames(episode.frames).tolist())
     if sources:
         for start, stop in _blocks(*sources.values()):
@@ -170,6 +176,10 @@ def _encode_cameras(
                 hashers[key].update(block)
                 histograms[key].add(block[wanted])
                 encoders[key].write(block)
+                if key in jpegs:
+                    jpegs[key].add(block)
+    for each in jpegs.values():
+        each.keep(arrays, blobs)
     for key, encoder in encoders.items():
         clip = encoder.finish()
         arrays[f"sizes/{key}"], arrays[f"sync/{key}"] = clip.sizes, clip.sync
@@ -194,13 +204,13 @@ def _take_clip(
 
     hasher = _new_hash()
     table = read_table(clip.path, clip.offset, clip.size)
-    if len(table.shown) < clip.first_frame + clip.frames:
+    if len(table.shown) < clip.end:
         raise DataError(
-            f"camera '{key}': {clip.path.name} holds {len(table.shown)} frames, the episode needs "
-            f"{clip.first_frame + clip.frames}"
+            f"camera '{key}': {clip.path.name} holds {len(table.shown)} frames, the episode needs {clip.end}"
         )
     _hash_clip(hasher, clip, table)
-    problem = copy_problem(table, job.embodiment.fps, clip.first_frame, clip.frames)
+    problem = f"one frame in {clip.stride} is used" if clip.stride > 1 else ""
+    problem = problem or copy_problem(table, job.embodiment.fps, clip.first_frame, clip.frames)
     if (size.height, size.width) != (table.height, table.width):
         problem = problem or f"resize from {table.width}x{table.height} to {size.width}x{size.height}"
     if job.video.video == "copy" and problem:
@@ -218,13 +228,45 @@ def _take_clip(
         return receipt, hasher.hexdigest()
     blobs[key] = _blob()
     encoder = Encoder(PRESETS[job.video.codec], size.height, size.width, job.embodiment.fps, blobs[key])
-    for _, picture in transcode(clip, encoder, keep=set(counted.tolist())):
-        histogram.add(picture[None])
+    shown = set(counted.tolist())
+    jpegs = _Jpegs(key, size, job.shards) if job.shards is not None else None
+    for number, picture in transcode(clip, encoder, keep=range(clip.frames) if jpegs else shown):
+        if number in shown:
+            histogram.add(picture[None])
+        if jpegs is not None:
+            jpegs.add(picture[None])
+    if jpegs is not None:
+        jpegs.keep(arrays, blobs)
     encoded = encoder.finish()
     arrays[f"sizes/{key}"], arrays[f"sync/{key}"] = encoded.sizes, encoded.sync
     return _camera_receipt(size, encoded.sample_entry, "encoded") | {
         "transcoded": problem
     }, hasher.hexdigest()
+
+
+class _Jpegs:
+    """One camera's frames as the JPEGs of shards, made from the pixels that its video is encoded from."""
+
+    def __init__(self, key: str, size: CameraFeature, options: ShardOptions) -> None:
+        self.section, self.quality = jpeg_section(key, options), options.quality
+        self.size = options.stored_size(size.height, size.width)
+        self.lengths: list[int] = []
+        self.blob = _blob()
+
+    def add(self, frames: NDArray[np.uint8]) -> None:
+        from ..streams.shard_writing import encode_frames
+
+        for jpeg in encode_frames(frames, self.size, self.quality):
+            self.lengths.append(len(jpeg))
+            self.blob.write(jpeg)
+
+    def keep(self, arrays: dict[str, NDArray[Any]], blobs: dict[str, BinaryIO]) -> None:
+        arrays[f"sizes/{self.section}"], blobs[self.section] = np.array(self.lengths, np.uint32), self.blob
+
+
+def jpeg_section(key: str, options: ShardOptions) -> str:
+    """Where a spool file holds a camera's JPEGs of this size and quality."""
+    return f"jpeg/{options.short_side}/{options.quality}/{key}"
 
 
 def _camera_receipt(size: CameraFeature, sample_entry: bytes, kind: str, codec: str = "") -> dict[str, Any]:
@@ -250,6 +292,7 @@ class PartJob:
     fps: int
     video: VideoOptions
     numbers: tuple[tuple[int, int, int], ...]  # episode_index, index, task_index
+    language: bool = False  # whether segments also go into LeRobot's language column
 
 
 def mux_part(job: PartJob) -> dict[str, Any]:
@@ -265,7 +308,7 @@ def mux_part(job: PartJob) -> dict[str, Any]:
             files[relative] = (job.root / relative).stat().st_size
     numbers = [n for n, spool in zip(job.numbers, spools, strict=True) if "dropped" not in spool.receipt]
     staged = staged_data(job.root, job.part)
-    schema = data_schema(job.features)
+    schema = data_schema(job.features, job.language)
     tables = (
         episode_table(
             schema,
@@ -274,13 +317,16 @@ def mux_part(job: PartJob) -> dict[str, Any]:
             int(spool.receipt["frames"]),
             job.fps,
             dict(zip(("episode_index", "index", "task_index"), number, strict=True)),
+            language_rows(spool.receipt["segments"], int(spool.receipt["frames"]), job.fps)
+            if job.language
+            else None,
         )
         for spool, number in zip(kept, numbers, strict=True)
     )
     write_parquet(staged, tables, schema)
     if job.sidecar:
         write_parquet(staged_sidecar(job.root, job.part), *_sidecar(kept, job.sidecar))
-    write_part_receipt(receipt_path(job.root, job.part), job, spools, numbers, streams, files)
+    write_part_receipt(job.root, job.part, spools, job.features, job.cameras, numbers, streams, files)
     return {"files": files, "frames": sum(int(s.receipt["frames"]) for s in kept)}
 
 
@@ -361,83 +407,6 @@ def _sidecar(spools: Sequence[Spool], features: Sequence[Feature]) -> tuple[list
     return tables, schema
 
 
-def write_part_receipt(
-    path: Path,
-    job: PartJob,
-    spools: Sequence[Spool],
-    numbers: Sequence[tuple[int, int, int]],
-    streams: Mapping[str, Any],
-    files: Mapping[str, int],
-) -> None:
-    """One row an episode, dropped ones included: everything the finish needs, so that spool files may go."""
-    import pyarrow as pa
-
-    rows: list[dict[str, Any]] = []
-    first_frame = 0
-    for spool in spools:
-        receipt = spool.receipt
-        dropped = "dropped" in receipt
-        row: dict[str, Any] = {
-            "source_id": receipt["source_id"],
-            "split": receipt["split"],
-            "variant": receipt["variant"],
-            "frames": 0 if dropped else int(receipt["frames"]),
-            "instruction": receipt["instruction"],
-            "content": receipt.get("content", ""),
-            "raw_digest": receipt.get("raw_digest", ""),
-            "key": receipt["key"],
-            "memo": json.dumps(receipt["memo"]),
-            "metadata": json.dumps(receipt["metadata"], ensure_ascii=False),
-            "segments": json.dumps(receipt["segments"], ensure_ascii=False),
-            "warnings": json.dumps(receipt["warnings"], ensure_ascii=False),
-            "part": job.part,
-            "first_frame": first_frame,
-            "dropped": receipt.get("dropped", ""),
-            "remedy": receipt.get("remedy", ""),
-        }
-        statistics = receipt.get("statistics", {})
-        for feature in job.features:
-            for name in STATISTICS:
-                row[f"stats/{feature.name}/{name}"] = None if dropped else statistics[feature.name][name]
-        for key in job.cameras:
-            row[f"histogram/{key}"] = (
-                None if dropped else spool.array(f"histogram/{key}").reshape(-1).tolist()
-            )
-            row[f"counted/{key}"] = 0 if dropped else int(receipt["cameras"][key]["counted"])
-        rows.append(row)
-        first_frame += row["frames"]
-    meta = {"numbers": [list(n) for n in numbers], "streams": dict(streams), "files": dict(files)}
-    schema = receipt_schema(job.features, job.cameras).with_metadata({"dpipe": json.dumps(meta)})
-    write_parquet(path, [pa.Table.from_pylist(rows, schema=schema)], schema)
-
-
-def receipt_schema(features: Sequence[Feature], cameras: Sequence[str]) -> pa.Schema:
-    import pyarrow as pa
-
-    texts = [
-        "source_id",
-        "split",
-        "variant",
-        "instruction",
-        "content",
-        "raw_digest",
-        "key",
-        "memo",
-        "metadata",
-    ]
-    texts += ["segments", "warnings", "dropped", "remedy"]
-    fields = [pa.field(name, pa.string()) for name in texts]
-    fields += [pa.field(name, pa.int64()) for name in ("frames", "part", "first_frame")]
-    for feature in features:
-        for name in STATISTICS:
-            value = pa.int64() if name == "count" else pa.float64()
-            fields.append(pa.field(f"stats/{feature.name}/{name}", pa.list_(value)))
-    for key in cameras:
-        fields.append(pa.field(f"histogram/{key}", pa.list_(pa.int64())))
-        fields.append(pa.field(f"counted/{key}", pa.int64()))
-    return pa.schema(fields)
-
-
 def staged_data(root: Path, part: int) -> Path:
     return root / "dpipe" / "staging" / data_file(part)
 
@@ -448,10 +417,6 @@ def sidecar_file(part: int) -> str:
 
 def staged_sidecar(root: Path, part: int) -> Path:
     return root / "dpipe" / "staging" / sidecar_file(part)
-
-
-def receipt_path(root: Path, part: int) -> Path:
-    return root / "dpipe" / "journal" / "parts" / f"part-{part:06d}.parquet"
 
 
 def file_memo(files: Sequence[Path]) -> list[list[int]]:
@@ -491,7 +456,7 @@ def _hash_clip(hasher: Any, clip: VideoClip, table: SampleTable | None = None) -
     table = table or read_table(clip.path, clip.offset, clip.size)
     spans = [(clip.offset, clip.size)]
     if 0 < clip.frames < len(table.shown):
-        wanted = table.shown[clip.first_frame : clip.first_frame + clip.frames]
+        wanted = table.shown[clip.first_frame : clip.end]
         if not len(wanted):
             raise DataError(
                 f"{clip.path.name} holds {len(table.shown)} frames, {clip.first_frame} is the first needed"

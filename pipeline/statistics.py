@@ -61,6 +61,29 @@ def constant_statistics(value: float, count: int) -> dict[str, list[float] | lis
     } | {name: result[name] for name in QUANTILES}
 
 
+def weighted_statistics(
+    values: NDArray[np.float64], counts: NDArray[np.int64]
+) -> dict[str, list[float] | list[int]]:
+    """Statistics of a column in which each of the rising `values` stands `counts` times: exact, unread."""
+    values, counts = values[counts > 0], counts[counts > 0]
+    total = int(counts.sum())
+    mean = float((values * counts).sum() / total)
+    result: dict[str, list[float] | list[int]] = {
+        "min": [float(values[0])],
+        "max": [float(values[-1])],
+        "mean": [mean],
+        "std": [float(np.sqrt((counts * (values - mean) ** 2).sum() / total))],
+        "count": [total],
+    }
+    until = np.cumsum(counts)
+    for name, q in QUANTILES.items():
+        position = q * (total - 1)
+        low = values[np.searchsorted(until, np.floor(position), "right")]
+        high = values[np.searchsorted(until, np.ceil(position), "right")]
+        result[name] = [float(low + (position - np.floor(position)) * (high - low))]
+    return result
+
+
 class FrameHistogram:
     """Counts of grey levels per colour over sampled frames of one camera; adds up over episodes."""
 

@@ -56,7 +56,7 @@ def _datasets(space: Workspace) -> Iterator[State]:
 def _journal_counts(root: Path) -> tuple[int, int]:
     journal = root / "dpipe" / "journal"
     total = sum(len(json.loads(path.read_text())["parts"]) for path in journal.glob("order-*.json"))
-    return len(list((journal / "parts").glob("part-*.parquet"))), total
+    return len(list((journal / "parts").glob("part-*.json"))), total
 
 
 def _order_ahead(root: Path, manifest: dict[str, Any]) -> str:
