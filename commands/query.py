@@ -51,12 +51,12 @@ def query(
             'ask something:  dpipe query "SELECT * FROM datasets"\n  tables:  dpipe query --schema'
         )
     space = open_space(workspace)
-    table = asked.query(space, sql, [space.find_dataset(name) for name in datasets])
+    answer = asked.query(space, sql, [space.find_dataset(name) for name in datasets])
     ending = out.suffix.removeprefix(".") if out else ""
     chosen = form or ("json" if as_json else ending if ending in asked.FORMATS else "table")
-    text = asked.write_answer(table, chosen, out)
+    text = asked.write_answer(answer, chosen, out)
     if out is None:
         click.echo(text)
     else:
-        facts = {"out": str(out), "rows": table.num_rows, "columns": table.column_names}
-        click.echo(json.dumps(facts) if as_json else f"{table.num_rows:,} rows in {out}")
+        facts = {"out": str(out), "rows": len(answer.rows), "columns": list(answer.names)}
+        click.echo(json.dumps(facts) if as_json else f"{len(answer.rows):,} rows in {out}")

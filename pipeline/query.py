@@ -1,8 +1,10 @@
 """`dpipe query`: SQL over every dataset of a workspace, and the one condition language behind every `--where`.
 
-Tables are DuckDB views over Parquet files that pyarrow reads: only the columns a query names are read, and only
-when it runs. DuckDB itself may open no file, load no extension and change no setting; one SELECT runs, in memory,
-on tables that cannot be written to. So a query from a stranger may be slow, and nothing else.
+Tables are DuckDB views over the datasets' own Parquet files: only the columns a query names are read. Before a
+query is looked at, DuckDB loses access to every other file, to the network, to extensions and to its settings, and
+one SELECT is all that runs, which cannot write. So a query from a stranger may be slow, and nothing else.
+
+Nothing here imports pandas or pyarrow unless an answer is wanted as Parquet: a question should not wait for them.
 
 A condition (`--where`) is what may stand behind WHERE over `episodes`: its columns, and what a source recorded of
 an episode by its own name (LIBERO's `suite`, AgiBot's `task_id`).
@@ -191,23 +193,24 @@ EXAMPLES = (
     "SELECT run, max(step) AS step, arg_max(value, step) AS loss FROM metrics WHERE metric = 'loss' GROUP BY run",
 )
 
-_TYPES = {
-    "VARCHAR": "string",
-    "BIGINT": "int64",
-    "INTEGER": "int32",
-    "DOUBLE": "float64",
-    "BOOLEAN": "bool",
-    "JSON": "string",
-}
-
-
 # --- asking ---------------------------------------------------------------------------------------------------
 
 
-def query(space: Workspace, sql: str, roots: Sequence[Path] = ()) -> pa.Table:
+@dataclass(frozen=True)
+class Answer:
+    """Rows of one SELECT, with the names and DuckDB types of their columns."""
+
+    names: tuple[str, ...]
+    types: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.names, row, strict=True)) for row in self.rows]
+
+
+def query(space: Workspace, sql: str, roots: Sequence[Path] = ()) -> Answer:
     """The answer to one SELECT over the datasets given, or over everything in the workspace."""
-    connection = open_views(space, roots)
-    return _run(connection, sql)
+    return _run(open_views(space, roots), sql)
 
 
 def select_episodes(root: Path, where: str | None) -> list[int] | None:
@@ -215,7 +218,8 @@ def select_episodes(root: Path, where: str | None) -> list[int] | None:
     if not where:
         return None
     connection = _connect()
-    _episodes(connection, [root])
+    files = _episodes(connection, [root])
+    _lock(connection, files)
     found = evaluate(connection, where, "episode_index")
     if not found:
         raise UsageError(f"--where {where}: no episode of {root.name} meets it")
@@ -228,9 +232,10 @@ def select_rows(episodes: pa.Table, where: str) -> list[int]:
     import pyarrow as pa
 
     connection = _connect()
-    rows = episodes.append_column("row", pa.array(np.arange(len(episodes))))
-    connection.register("episodes", rows)
-    _lock(connection)
+    if "row" not in episodes.column_names:
+        episodes = episodes.append_column("row", pa.array(np.arange(len(episodes))))
+    connection.register("episodes", episodes)
+    _lock(connection, [])
     return evaluate(connection, where, "row")
 
 
@@ -258,9 +263,9 @@ def open_views(space: Workspace, roots: Sequence[Path] = ()) -> duckdb.DuckDBPyC
     """A connection that sees the tables of TABLES and nothing else."""
     connection = _connect()
     chosen = list(roots) or [root for root in space.datasets() if _is_finished(root)]
-    _episodes(connection, chosen)
-    _parquet_view(connection, "segments", chosen, lambda root: [root / "dpipe" / "segments.parquet"])
-    makers = {
+    files = _episodes(connection, chosen)
+    files += _segments(connection, chosen)
+    makers: dict[str, tuple[Any, Sequence[Path]]] = {
         "tasks": (_tasks, chosen),
         "features": (_features, chosen),
         "stats": (_stats, chosen),
@@ -271,14 +276,12 @@ def open_views(space: Workspace, roots: Sequence[Path] = ()) -> duckdb.DuckDBPyC
         "metrics": (_metrics, [space.root]),
     }
     for table, (rows_of, places) in makers.items():
-        rows = [row for place in places for row in rows_of(place)]
-        connection.register(f"_{table}", _table(table, rows))
-        connection.execute(f"CREATE VIEW {table} AS SELECT * FROM _{table}")
-    _lock(connection)
+        _fill(connection, table, table, [row for place in places for row in rows_of(place)])
+    _lock(connection, files)
     return connection
 
 
-def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> Answer:
     import duckdb
 
     try:
@@ -286,7 +289,11 @@ def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
             found = ", ".join(statement.type.name for statement in statements) or "nothing"
             raise UsageError(f"a query is one SELECT: nothing here can be changed\n  found: {found}")
-        return connection.sql(statements[0].query).to_arrow_table()
+        done = connection.execute(statements[0])
+        told = done.description or []
+        return Answer(
+            tuple(str(column[0]) for column in told), tuple(str(c[1]) for c in told), done.fetchall()
+        )
     except duckdb.Error as error:
         raise UsageError(
             f"{_first_line(error)}\n  tables: {', '.join(TABLES)}\n  columns:  dpipe query --schema"
@@ -296,14 +303,14 @@ def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
 def _connect() -> duckdb.DuckDBPyConnection:
     import duckdb
 
-    return duckdb.connect(
-        config={"python_enable_replacements": False, "allow_community_extensions": False, "threads": 2}
-    )
+    return duckdb.connect(config={"python_enable_replacements": False, "allow_community_extensions": False})
 
 
-def _lock(connection: duckdb.DuckDBPyConnection) -> None:
-    """No files, no network, no extensions, and no way back."""
+def _lock(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> None:
+    """No file but those of the views, no network, no extensions, and no way back."""
+    allowed = ", ".join(_quoted(str(path)) for path in files)
     for setting in (
+        f"allowed_paths = [{allowed}]",
         "autoinstall_known_extensions = false",
         "autoload_known_extensions = false",
         "enable_external_access = false",
@@ -326,30 +333,32 @@ def _is_finished(root: Path) -> bool:
     return (root / "meta" / "info.json").is_file() and not unfinished
 
 
-def _episodes(connection: duckdb.DuckDBPyConnection, roots: Sequence[Path]) -> None:
-    """The view `episodes`: dpipe/episodes.parquet of datasets of ours, meta/episodes of others."""
-    import pyarrow.dataset as pads
+def _episodes(connection: duckdb.DuckDBPyConnection, roots: Sequence[Path]) -> list[Path]:
+    """Makes the view `episodes`: dpipe/episodes.parquet of datasets of ours, meta/episodes of others; their files."""
+    import duckdb
 
-    parts = []
-    for number, root in enumerate(roots):
+    parts, files = [], []
+    for root in roots:
         info = _read_json(root / "meta" / "info.json")
         fps = int(info.get("fps", 0)) or 1
         own = root / "dpipe" / "episodes.parquet"
-        files = [own] if own.is_file() else sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-        if not files:
+        mine = [own] if own.is_file() else sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+        if not mine:
             raise DataError(f"{root} has no episodes\n  expected: {root / 'meta/episodes'}")
+        mine = [path.resolve() for path in mine]
+        files += mine
+        source = _parquet(mine)
         try:
-            source = pads.dataset([str(path) for path in files], format="parquet")
-        except (OSError, ValueError) as error:
+            have = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()}
+            recorded = _metadata_names(connection, source) if "metadata" in have else []
+        except duckdb.Error as error:
             raise DataError(f"episodes of {root} cannot be read\n  found: {_first_line(error)}") from error
-        connection.register(f"_episodes{number}", source)
-        have = set(source.schema.names)
-        name = _quoted(_name_of(root))
+        frames = "frames" if "frames" in have else "length"
         told = {
-            "dataset": name,
+            "dataset": _quoted(_name_of(root)),
             "episode_index": "episode_index",
-            "frames": "frames" if "frames" in have else "length",
-            "seconds": f"{'frames' if 'frames' in have else 'length'} / {fps}::DOUBLE",
+            "frames": frames,
+            "seconds": f"{frames} / {fps}::DOUBLE",
             "split": "split" if "split" in have else _split_case(info),
             "instruction": "instruction" if "instruction" in have else "tasks[1]",
             "source_id": "source_id" if "source_id" in have else "NULL::VARCHAR",
@@ -357,23 +366,40 @@ def _episodes(connection: duckdb.DuckDBPyConnection, roots: Sequence[Path]) -> N
             "content": "content" if "content" in have else "NULL::VARCHAR",
             "fps": str(fps),
         }
-        if "metadata" in have:
-            taken = set(told)
-            for key, kind in _metadata_names(source):
-                if key not in taken and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-                    told[key] = f"json_extract_string(metadata, '$.{key}')::{kind}"
+        taken = set(told)
+        for key, kind in recorded:
+            if key not in taken and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                told[key] = f"json_extract_string(metadata, '$.{key}')::{kind}"
         chosen = ", ".join(f'{expression} AS "{column}"' for column, expression in told.items())
-        parts.append(f"SELECT {chosen} FROM _episodes{number}")
+        parts.append(f"SELECT {chosen} FROM {source}")
     if not parts:
-        connection.register("_episodes", _table("episodes", []))
+        _fill(connection, "_episodes", "episodes", [])
         parts = ["SELECT * FROM _episodes"]
     connection.execute(f"CREATE VIEW episodes AS {' UNION ALL BY NAME '.join(parts)}")
+    return files
 
 
-def _metadata_names(source: Any) -> list[tuple[str, str]]:
+def _segments(connection: duckdb.DuckDBPyConnection, roots: Sequence[Path]) -> list[Path]:
+    _fill(connection, "_segments", "segments", [])
+    parts, files = ["SELECT * FROM _segments"], []
+    names = ", ".join(column.name for column in TABLES["segments"][1] if column.name != "dataset")
+    for root in roots:
+        path = (root / "dpipe" / "segments.parquet").resolve()
+        if path.is_file():
+            files.append(path)
+            parts.append(f"SELECT {_quoted(_name_of(root))} AS dataset, {names} FROM {_parquet([path])}")
+    connection.execute(f"CREATE VIEW segments AS {' UNION ALL BY NAME '.join(parts)}")
+    return files
+
+
+def _parquet(files: Sequence[Path]) -> str:
+    return f"read_parquet([{', '.join(_quoted(str(path)) for path in files)}], union_by_name = true)"
+
+
+def _metadata_names(connection: duckdb.DuckDBPyConnection, source: str) -> list[tuple[str, str]]:
     """What a source recorded of its episodes, with types, from the first of them: plain values only."""
     kinds: dict[str, set[str]] = {}
-    for value in source.head(METADATA_SEEN, columns=["metadata"]).column("metadata").to_pylist():
+    for (value,) in connection.execute(f"SELECT metadata FROM {source} LIMIT {METADATA_SEEN}").fetchall():
         for key, entry in (json.loads(value) if value else {}).items():
             word = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}.get(type(entry))
             if word:
@@ -397,33 +423,21 @@ def _split_case(info: Mapping[str, Any]) -> str:
     return f"CASE {' '.join(cases)} END" if cases else "NULL::VARCHAR"
 
 
-def _parquet_view(
-    connection: duckdb.DuckDBPyConnection, table: str, roots: Sequence[Path], files_of: Any
+def _fill(
+    connection: duckdb.DuckDBPyConnection, name: str, table: str, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    import pyarrow.dataset as pads
-
-    connection.register(f"_{table}", _table(table, []))
-    parts = [f"SELECT * FROM _{table}"]
-    names = [column.name for column in TABLES[table][1] if column.name != "dataset"]
-    for number, root in enumerate(roots):
-        files = [str(path) for path in files_of(root) if path.is_file()]
-        if not files:
-            continue
-        connection.register(f"_{table}{number}", pads.dataset(files, format="parquet"))
-        parts.append(f"SELECT {_quoted(_name_of(root))} AS dataset, {', '.join(names)} FROM _{table}{number}")
-    connection.execute(f"CREATE VIEW {table} AS {' UNION ALL BY NAME '.join(parts)}")
-
-
-def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    import pyarrow as pa
-
-    def type_of(told: str) -> pa.DataType:
-        if told.endswith("[]"):
-            return pa.list_(type_of(told[:-2]))
-        return pa.type_for_alias(_TYPES[told])
-
-    schema = pa.schema([(column.name, type_of(column.type)) for column in TABLES[name][1]])
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    """A small table of its own: rows travel as one JSON text, which needs neither pandas nor pyarrow."""
+    columns = TABLES[table][1]
+    types = ", ".join(f'"{c.name}" {"VARCHAR" if c.type == "JSON" else c.type}' for c in columns)
+    connection.execute(f"CREATE TABLE {name} ({types})")
+    if not rows:
+        return
+    form = json.dumps([{c.name: "VARCHAR" if c.type == "JSON" else c.type for c in columns}])
+    plain_rows = [{c.name: _plain(row.get(c.name)) for c in columns} for row in rows]
+    connection.execute(
+        f"INSERT INTO {name} SELECT unnest(from_json(?::JSON, {_quoted(form)}), recursive := true)",
+        [json.dumps(plain_rows)],
+    )
 
 
 # --- small tables ---------------------------------------------------------------------------------------------
@@ -434,10 +448,26 @@ def _name_of(root: Path) -> str:
 
 
 def _tasks(root: Path) -> Iterator[dict[str, Any]]:
-    from ..streams.dataset import read_tasks
+    """By position, as lerobot finds a sentence; its column is called after pandas' index by careless writers."""
+    import duckdb
 
-    for index, task in enumerate(read_tasks(root)):
-        yield {"dataset": _name_of(root), "task_index": index, "task": task}
+    path = root / "meta" / "tasks.parquet"
+    if not path.is_file():
+        return
+    try:
+        found = duckdb.connect().execute(f"SELECT * FROM {_parquet([path.resolve()])}")
+        names = [column[0] for column in found.description or []]
+        rows = found.fetchall()
+    except duckdb.Error as error:
+        raise DataError(f"{path} cannot be read\n  found: {_first_line(error)}") from error
+    text = next((n for n in ("task", "__index_level_0__") if n in names), None)
+    for position, row in enumerate(rows):
+        told = dict(zip(names, row, strict=True))
+        yield {
+            "dataset": _name_of(root),
+            "task_index": told.get("task_index", position),
+            "task": told.get(text) if text else None,
+        }
 
 
 def _features(root: Path) -> Iterator[dict[str, Any]]:
@@ -616,7 +646,7 @@ def _quoted(text: str) -> str:
 # --- answering ------------------------------------------------------------------------------------------------
 
 
-def write_answer(table: pa.Table, form: str, out: Path | None) -> str:
+def write_answer(answer: Answer, form: str, out: Path | None) -> str:
     """The answer as text for a terminal (table, csv, json), or "" where it went into `out`."""
     if form not in FORMATS:
         raise unknown_name("format", form, FORMATS)
@@ -625,13 +655,9 @@ def write_answer(table: pa.Table, form: str, out: Path | None) -> str:
     if form == "parquet":
         if out is None:
             raise UsageError("--format parquet needs a file:  --out answer.parquet")
-        import pyarrow.parquet as pq
-
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        _write(out, buffer.getvalue())
+        _write(out, answer_parquet(answer))
         return ""
-    text = {"table": answer_table, "csv": answer_csv, "json": answer_json}[form](table)
+    text = {"table": answer_table, "csv": answer_csv, "json": answer_json}[form](answer)
     if out is None:
         return text
     _write(out, (text + "\n").encode())
@@ -644,31 +670,41 @@ def _write(path: Path, data: bytes) -> None:
     write_file(path, data)
 
 
-def answer_json(table: pa.Table) -> str:
+def answer_parquet(answer: Answer) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = list(zip(*answer.rows, strict=True)) or [()] * len(answer.names)
+    buffer = io.BytesIO()
+    arrays = [pa.array(column) for column in columns]
+    pq.write_table(pa.Table.from_arrays(arrays, names=list(answer.names)), buffer)
+    return buffer.getvalue()
+
+
+def answer_json(answer: Answer) -> str:
     """A list with one object a row; numbers that are none become null."""
-    return json.dumps(
-        [{k: _plain(v) for k, v in row.items()} for row in table.to_pylist()], ensure_ascii=False
-    )
+    rows = [{name: _plain(value) for name, value in row.items()} for row in answer.to_dicts()]
+    return json.dumps(rows, ensure_ascii=False)
 
 
-def answer_csv(table: pa.Table) -> str:
+def answer_csv(answer: Answer) -> str:
     import csv
 
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(table.column_names)
-    for row in table.to_pylist():
+    writer.writerow(answer.names)
+    for row in answer.rows:
         writer.writerow(
-            ["" if v is None else json.dumps(v) if isinstance(v, list | dict) else v for v in row.values()]
+            ["" if v is None else json.dumps(v) if isinstance(v, list | dict) else v for v in row]
         )
     return buffer.getvalue().rstrip("\n")
 
 
-def answer_table(table: pa.Table) -> str:
+def answer_table(answer: Answer) -> str:
     """Columns in line, numbers to the right; long cells and long answers are cut, and say so."""
-    names = table.column_names
-    rows = [[_cell(value) for value in row.values()] for row in table.slice(0, SHOWN_ROWS).to_pylist()]
-    right = [_is_number(field.type) for field in table.schema]
+    names = answer.names
+    rows = [[_cell(value) for value in row] for row in answer.rows[:SHOWN_ROWS]]
+    right = [_NUMBER.match(kind) is not None for kind in answer.types]
     widths = [max([len(name), *(len(row[i]) for row in rows)]) for i, name in enumerate(names)]
 
     def line(cells: Sequence[str]) -> str:
@@ -676,10 +712,13 @@ def answer_table(table: pa.Table) -> str:
         return "  ".join(placed).rstrip()
 
     lines = [line(names), "  ".join("-" * w for w in widths), *map(line, rows)]
-    more = table.num_rows - len(rows)
+    more = len(answer.rows) - len(rows)
     if more > 0:
         lines.append(f"and {more:,} more rows: --format csv or --out shows all")
     return "\n".join(lines)
+
+
+_NUMBER = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?$|DOUBLE|FLOAT|DECIMAL|NUMBER")
 
 
 def schema_text() -> str:
@@ -703,12 +742,6 @@ def schema_json() -> dict[str, Any]:
         },
         "examples": list(EXAMPLES),
     }
-
-
-def _is_number(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
 def _plain(value: Any) -> Any:
