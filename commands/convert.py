@@ -16,6 +16,7 @@ from .options import (
     agree_to,
     answer,
     count_workers,
+    find_scheduler,
     given_words,
     open_space,
     options_of,
@@ -27,7 +28,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..pipeline.convert import ConvertRequest, ConvertResult
-    from ..pipeline.outputs import OutputRequest
+    from ..pipeline.outputs import OutputOptions, OutputRequest
     from ..pipeline.plan import Step
     from ..pipeline.workspace import Workspace
 
@@ -254,6 +255,7 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
             click.echo(sbatch_script(words, emit_sbatch, count_workers(workers), max_time), nl=False)
             return
         space = open_space(workspace)
+        scheduler = find_scheduler(space, scheduler)
         name = name or (raw.resolve().name if raw and source.address == "lerobot" else source.name)
         raw = raw or source.raw or space.raw(source.name)
         if source.address == MAPPED:
@@ -277,8 +279,19 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
             finish_only=finish_only,
             shards=ShardOptions() if shards else None,
         )
+        form = OutputOptions(images=not no_images, zarr_format=int(zarr_format))
+
+        def place_of(root: Path) -> Path:
+            """Where another form of a dataset goes, of a variant beside the others."""
+            suffix = root.name.removeprefix(request.out.name)
+            named = out.with_name(out.stem + suffix + out.suffix) if out else space.dataset(name + suffix, to)
+            return named.resolve()
+
         if dry_run:
-            show_plan(plan_request(request, as_json), request.workers, price, as_json)
+            steps = plan_request(request, as_json)
+            if to != "lerobot":
+                steps += _plan_form(request, to, place_of, form, as_json)
+            show_plan(steps, request.workers, price, as_json)
             return
         results = convert_all(
             request, show_progress(as_json), lambda steps: agree_to(steps, request.workers, yes)
@@ -286,14 +299,8 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
         for result in results:
             _show_conversion(source.name, result, as_json)
             if to != "lerobot" and result.finished:
-                suffix = result.root.name.removeprefix(request.out.name)  # of a variant
-                place = (
-                    out.with_name(out.stem + suffix + out.suffix) if out else space.dataset(name + suffix, to)
-                )
-                settings = OutputOptions(images=not no_images, zarr_format=int(zarr_format))
-                wanted = OutputRequest(
-                    result.root, to, place.resolve(), settings, count_workers(workers), scheduler, max_time
-                )
+                place, jobs = place_of(result.root), count_workers(workers)
+                wanted = OutputRequest(result.root, to, place, form, jobs, scheduler, max_time)
                 _write_output(wanted, yes, as_json)
         if any(result.dropped for result in results) and not allow_dropped:
             sys.exit(LEFT_OUT)
@@ -369,6 +376,21 @@ def _show_conversion(source: str, result: ConvertResult, as_json: bool) -> None:
         "dropped": [d.to_json() for d in result.dropped],
     }
     answer(facts, text, as_json)
+
+
+def _plan_form(
+    request: ConvertRequest,
+    to: str,
+    place_of: Callable[[Path], Path],
+    form: OutputOptions,
+    as_json: bool,
+) -> list[Step]:
+    """The steps from datasets to another form of them."""
+    from ..pipeline.convert import by_variant, read_catalog
+    from ..pipeline.outputs import plan_output
+
+    catalog = read_catalog(request, show_progress(as_json))
+    return [plan_output(r, catalog, to, place_of(r.out), form) for r in by_variant(request, catalog)]
 
 
 def plan_request(request: ConvertRequest, as_json: bool) -> list[Step]:

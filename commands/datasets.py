@@ -29,9 +29,7 @@ def find_datasets(
 
     if named:
         return [space.find_dataset(name) for name in named]
-    sources = [source for source in (*SOURCES, *space.own_sources()) if space.raw(source).is_dir()]
-    made = space.sources_made()
-    unmade = [source for source in sources if source not in made]
+    unmade = unmade_sources(space)
     if unmade:
         plan = "; ".join(f"dpipe convert {source} --to lerobot" for source in unmade)
         click.echo(f"first: {plan}", err=True)
@@ -46,3 +44,12 @@ def find_datasets(
             f"  next: put recordings into raw/<source>/ ({', '.join(SOURCES)}), or make some:  dpipe sample libero"
         )
     return roots
+
+
+def unmade_sources(space: Workspace) -> list[str]:
+    """Sources whose recordings the workspace holds and no dataset of it is made from."""
+    from ..converters import SOURCES
+
+    sources = [source for source in (*SOURCES, *space.own_sources()) if space.raw(source).is_dir()]
+    made = space.sources_made()
+    return [source for source in sources if source not in made]

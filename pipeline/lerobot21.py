@@ -65,7 +65,7 @@ def begin(dataset: Dataset, tree: Path, options: OutputOptions, recipe: Mapping[
         "splits": dict(dataset.info.get("splits") or {"train": f"0:{count}"}),
         "data_path": DATA_PATH,
         "video_path": VIDEO_PATH if videos else None,
-        "features": dataset.features,
+        "features": _known(dataset),
     }
     lengths = dataset.episodes.length.tolist()
     _write_json(tree / "meta/info.json", info)
@@ -89,6 +89,11 @@ def begin(dataset: Dataset, tree: Path, options: OutputOptions, recipe: Mapping[
     ]
     # Statistics are one file of lines in order: a task of its own rather than one a part.
     return [*tasks, Task(write_statistics, (dataset.root, tree), 0)]
+
+
+def _known(dataset: Dataset) -> dict[str, Any]:
+    """Features that v2.1 has a type for: all but language."""
+    return {name: told for name, told in dataset.features.items() if told["dtype"] != "language"}
 
 
 def _videos(dataset: Dataset) -> list[str]:
@@ -146,12 +151,15 @@ def write_part(root: Path, tree: Path, start: int, stop: int) -> None:
     import pyarrow.parquet as pq
 
     dataset = _opened(root)
+    known = _known(dataset)
     for episode in range(start, stop):
         numbers = {"episode_chunk": episode // CHUNK_FILES, "episode_index": episode}
         path = dataset.data_path(episode)
         first = int(dataset.episodes.first_row[episode])
         length = int(dataset.episodes.length[episode])
         table = _rows(path, first, length)
+        later = [name for name in table.column_names if name not in known]
+        table = table.drop_columns(later)  # v2.1 knows no such column
         pq.write_table(table, tree / DATA_PATH.format(**numbers), compression="snappy", use_dictionary=True)
         for camera in _videos(dataset):
             target = tree / VIDEO_PATH.format(**numbers, video_key=camera)

@@ -16,13 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..schemas.errors import DataError, UsageError, unknown_name
 from ..streams.dataset import Dataset, open_dataset
 from .durable import exclusive, move_file, require_space, sync_folder
 from .execute import Executor, Failure, open_executor, stop_requests
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .catalog import Catalog
+    from .convert import ConvertRequest
+    from .plan import Step
 
 FORMS = {
     "zarr": "zarr_output",
@@ -91,6 +98,49 @@ def load_form(name: str) -> Form:
 def estimate(request: OutputRequest) -> int:
     """Bytes the form takes before compression."""
     return load_form(request.form).estimate(open_dataset(request.root), request.options)
+
+
+def plan_output(
+    request: ConvertRequest, catalog: Catalog, form: str, place: Path, options: OutputOptions
+) -> Step:
+    """The step after a conversion: what a form would take, by shapes alone; nothing is written."""
+    from ..converters import load_converter
+    from .convert import plan_conversion
+    from .plan import BYTES_PER_PIXEL, Step
+    from .zarr_output import CHUNK_BYTES
+
+    found, _ = plan_conversion(request, catalog)
+    body = load_converter(request.source).embodiment_of(request.raw, request.options, request.variant)
+    sets = catalog.of(request.variant).refs.camera_sets()
+    cameras = [request.video.size(camera) for camera in next((c for c, _, _ in sets), ())]
+    if not found.todo_episodes and (request.out / "dpipe" / "manifest.json").is_file():
+        size = estimate(OutputRequest(request.out, form, place, options))
+    else:
+        row = sum(f.dim * np.dtype(f.dtype).itemsize for f in body.features) + 8
+        pixels = sum(camera.height * camera.width for camera in cameras)
+        seen = (3 * pixels if options.images else 0) if form == "zarr" else round(pixels * BYTES_PER_PIXEL)
+        size = found.frames * (row + seen)
+    there = place.exists()
+    if form == "zarr":
+        files = len(body.features) + len(cameras) + size // CHUNK_BYTES
+    else:
+        files = found.episodes * (1 + len(cameras))
+    return Step(
+        name=f"convert --to {form}",
+        needs=str(request.out),
+        makes=str(place),
+        episodes=0 if there else found.episodes,
+        frames=0 if there else found.frames,
+        done_episodes=found.episodes if there else 0,
+        why=("not written yet",),
+        read_bytes=0,
+        write_bytes=0 if there else size,
+        files=0 if there else files,
+        pilot="bytes before compression"
+        if form == "zarr"
+        else "videos of one episode are shared, not written",
+        cheaper=("--no-images, --resize WxH, --limit or --where make it smaller",),
+    )
 
 
 def write_output(request: OutputRequest, progress: Progress) -> OutputResult:

@@ -116,7 +116,7 @@ def _open_member(member: Member, spec: StreamSpec, align: str) -> _Opened:
     own = replace(spec, normalise=dict(member.normalise), cameras=cameras, torch=False)
     dataset = member.dataset if isinstance(member.dataset, Dataset) else open_dataset(member.dataset)
     episodes = episodes_where(dataset, member.where, member.split) if member.where else None
-    names = _native_columns(dataset) if align == "unified" else ()
+    names = native_columns(dataset) if align == "unified" else ()
     if align == "unified":
         own = replace(own, columns=names, chunks={})
     source, own = open_source(dataset, own, member.split, member.frames, episodes=episodes)
@@ -272,7 +272,8 @@ def embodiment_of(dataset: Dataset) -> Embodiment:
     )
 
 
-def _native_columns(dataset: Dataset) -> tuple[str, ...]:
+def native_columns(dataset: Dataset) -> tuple[str, ...]:
+    """What unified vectors are made of: every column of more than one dimension, those beside the dataset too."""
     body = embodiment_of(dataset)
     return tuple(feature.name for feature in (*body.features, *body.sidecar) if feature.dim > 1)
 
