@@ -42,7 +42,7 @@ def card_of(facts: Facts) -> str:
         "",
         "| what | how |",
         "|---|---|",
-        *(f"| {name} | {_escape(value)} |" for name, value in facts.conventions),
+        *(f"| {_escape(name)} | {_escape(value)} |" for name, value in facts.conventions),
         "",
         "## Features",
         "",
@@ -51,14 +51,17 @@ def card_of(facts: Facts) -> str:
     ]
     for feature in facts.features:
         lines.append(
-            f"| `{feature.name}` | {', '.join(feature.names)} | {feature.unit} | {feature.frame} "
-            f"| {feature.description} |"
+            f"| `{_escape(feature.name)}` | {_escape(', '.join(feature.names))} | {_escape(feature.unit)} "
+            f"| {_escape(feature.frame)} | {_escape(feature.description)} |"
         )
-    lines += [f"| `{name}` | {size} | | | |" for name, size in facts.cameras]
+    lines += [f"| `{_escape(name)}` | {size} | | | |" for name, size in facts.cameras]
     if facts.sidecar:
         lines += ["", "Beside the dataset, in `dpipe/columns/` (row by row with `data/`):", ""]
-        lines += [f"- `{f.name}`: {', '.join(f.names)}. {f.description}" for f in facts.sidecar]
-    lines += ["", "## Splits", "", *(f"- {split}: {where}" for split, where in facts.splits)]
+        lines += [
+            f"- `{_escape(f.name)}`: {_escape(', '.join(f.names))}. {_escape(f.description)}"
+            for f in facts.sidecar
+        ]
+    lines += ["", "## Splits", "", *(f"- {_escape(split)}: {where}" for split, where in facts.splits)]
     lines += ["", "## Instructions", "", *(f"- {_escape(task)}" for task in facts.tasks[:SHOWN_TASKS])]
     if len(facts.tasks) > SHOWN_TASKS:
         lines.append(f"- and {len(facts.tasks) - SHOWN_TASKS} more in `meta/tasks.parquet`")
@@ -71,7 +74,7 @@ def card_of(facts: Facts) -> str:
         lines += [f"- {_escape(w)}" for w in facts.warnings[:SHOWN_TASKS]]
     if facts.dropped:
         lines += ["", f"## Left out: {len(facts.dropped)}", ""]
-        lines += [f"- `{d.source_id}`: {_escape(d.reason)}" for d in facts.dropped[:SHOWN_DROPPED]]
+        lines += [f"- `{_escape(d.source_id)}`: {_escape(d.reason)}" for d in facts.dropped[:SHOWN_DROPPED]]
         if len(facts.dropped) > SHOWN_DROPPED:
             lines.append(f"- and {len(facts.dropped) - SHOWN_DROPPED} more in `dpipe/dropped.jsonl`")
     if facts.citation:
@@ -87,5 +90,7 @@ def _escape(text: str) -> str:
         .replace("<", "&lt;")
         .replace(">", "&gt;")
         .replace("|", "\\|")
+        .replace("[", "\\[")
+        .replace("]", "\\]")
         .replace("`", "'")
     )

@@ -23,6 +23,8 @@ def parse_share(text: str) -> tuple[int, int]:
 
 def sbatch_script(words: Sequence[str], jobs: int, workers: int, seconds: float | None) -> str:
     """An sbatch script for `dpipe WORDS` in `jobs` array jobs, and the finishing job's line."""
+    if any(ord(character) < 32 for word in words for character in word):
+        raise UsageError("a word of the command holds a line break: no script is written of it")
     command = shlex.join(["dpipe", *words])
     finish = shlex.join(["dpipe", "finish", *words[1:]])
     limit = round(seconds) if seconds else 4 * 3600

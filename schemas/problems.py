@@ -112,6 +112,9 @@ PROBLEMS: dict[str, Problem] = {
     "gripper-polarity": Problem(
         "what one episode calls open the others call closed", "negate it, and convert again"
     ),
+    "units": Problem(
+        "one episode is measured in other units than the rest", "convert its numbers, or leave it out"
+    ),
     "rotation": Problem("not a rotation: losses and geometry on it mean nothing", "leave the episode out"),
     # --- words ---
     "instruction": Problem(
@@ -141,6 +144,7 @@ PROBLEMS: dict[str, Problem] = {
     "video-black": Problem("the camera was off or covered", "leave the episode out"),
     "video-frozen": Problem("the camera stood still while the robot moved", "leave the episode out"),
     "video-repeated": Problem("one video stands for two cameras or two episodes", "find the right one"),
+    "video-swapped": Problem("one camera's video is filed under another's name", "exchange the two videos"),
     "video-shifted": Problem(
         "pictures are early or late against their rows", "shift the video, and convert again"
     ),

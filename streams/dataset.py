@@ -465,7 +465,8 @@ def decode_image(encoded: bytes, where: str) -> NDArray[np.uint8]:
         from PIL import Image
 
         try:
-            picture = Image.open(io.BytesIO(encoded))
+            # Named, because Pillow's other readers are many, and one of them runs a program (PostScript).
+            picture = Image.open(io.BytesIO(encoded), formats=("PNG", "TIFF", "JPEG", "WEBP", "BMP"))
         except Image.DecompressionBombError as error:  # beyond Pillow's own limit already
             raise DataError(f"{where}: {_one_line(error)}; refused") from error
         _check_pixels(picture.height, picture.width, where)

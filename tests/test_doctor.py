@@ -14,14 +14,13 @@ from defects import (
     edit_json,
     edit_table,
     keep_sound_things_in,
-    scene,
     sound,
 )
 from dpipe.cli import cli
 from dpipe.pipeline.doctor import examine, report_text
-from dpipe.pipeline.doctor.lags import lag_curve, pool_curves
+from dpipe.pipeline.doctor.lags import chance_of_a_fit, lag_curve, pool_curves
 from dpipe.pipeline.doctor.mend import mend
-from dpipe.pipeline.doctor.pictures import multiple_correlation
+from dpipe.pipeline.doctor.pictures import Motion, follow_curve
 from dpipe.pipeline.doctor.recording import hash_rows, rotation_error, rotation_groups
 from dpipe.pipeline.doctor.videos import frame_at
 from dpipe.schemas.errors import DataError, UsageError
@@ -43,60 +42,6 @@ def told(path: Path, level=SAMPLED) -> list[str]:
 
 
 # --- nothing sound is complained about ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Datasets that lerobot 0.6.1 itself wrote: video, pictures in the rows, streamed, merged."""
-    from lerobot.datasets.aggregate import aggregate_datasets
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    base = tmp_path_factory.mktemp("lerobot")
-    rng = np.random.default_rng(5)
-    for name, settings in {
-        "video": {},
-        "image": {"use_videos": False},
-        "stream": {"streaming_encoding": True},
-    }.items():
-        features = {
-            CAMERA: {
-                "dtype": "image" if name == "image" else "video",
-                "shape": (48, 64, 3),
-                "names": ["height", "width", "channels"],
-            },
-            "observation.state": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "gripper_width"]},
-            "action": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "gripper"]},
-            "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
-            "next.done": {"dtype": "bool", "shape": (1,), "names": None},
-        }
-        made = LeRobotDataset.create(f"local/{name}", fps=10, features=features, root=base / name, **settings)
-        for episode, length in enumerate((34, 29, 41)):
-            path = np.cumsum(rng.normal(0, 0.05, (length + 1, 2)), axis=0)
-            grip = np.where(np.arange(length + 1) < length // 2, 1.0, 0.0)
-            for t in range(length):
-                made.add_frame(
-                    {
-                        CAMERA: scene(t, seed=episode + 7 * len(name)),
-                        "observation.state": np.array([*path[t], 0.08 * grip[t]], np.float32),
-                        "action": np.array([*path[t + 1], grip[t + 1]], np.float32),
-                        "next.reward": np.array([float(t == length - 1)], np.float32),
-                        "next.done": np.array([t == length - 1]),
-                        "task": ("push the block", "open the drawer")[episode % 2],
-                    }
-                )
-            made.save_episode()
-        made.finalize()
-    both = ["local/video", "local/stream"]
-    aggregate_datasets(
-        both, "local/merged", roots=[base / "video", base / "stream"], aggr_root=base / "merged"
-    )
-    return {name: base / name for name in ("video", "image", "stream", "merged")}
-
-
-@pytest.mark.parametrize("name", ["video", "image", "stream", "merged"])
-def test_what_lerobot_writes_is_sound(recorded: dict[str, Path], name: str):
-    for level in (FAST, SAMPLED, FULL):
-        assert told(recorded[name], level) == []
 
 
 def test_real_recordings_are_sound_raw_and_converted(sample_data: Path, tmp_path: Path):
@@ -302,12 +247,27 @@ def test_nothing_is_concluded_from_short_or_still_episodes():
     assert lag_curve(np.zeros((60, 2)), np.random.default_rng(0).normal(size=(60, 2)), "delta") is None
 
 
-def test_noise_explains_nothing_and_a_cause_everything():
+def test_pictures_follow_the_dimensions_that_moved_them_in_other_episodes():
+    """The picture changes with the first of three dimensions; in the last episode, five frames late."""
     rng = np.random.default_rng(1)
-    causes = rng.normal(size=(60, 4))
-    assert multiple_correlation(causes, causes @ [1, 2, 0, -1]) > 0.999
-    chance = [multiple_correlation(rng.normal(size=(60, 4)), rng.normal(size=60)) for _ in range(50)]
-    assert np.median(chance) < 0.2
+    told = []
+    for late in (0, 0, 0, 5):
+        speed = np.abs(np.cumsum(rng.normal(size=(80, 3)), axis=0))
+        told.append(Motion("", speed, np.roll(speed[:, 0], late) + rng.normal(0, 0.1, 80)))
+    peaks = [follow_curve(told, i, lag=0).peak for i in range(4)]
+    assert peaks == [0, 0, 0, 5]
+    unrelated = [Motion("", m.speed, np.abs(np.cumsum(rng.normal(size=80)))) for m in told]
+    fits = [follow_curve(unrelated, i, lag=0).at(0) for i in range(4)]
+    assert np.median(fits) < 0.5
+
+
+def test_a_fit_is_held_against_that_of_episodes_paired_wrongly():
+    rng = np.random.default_rng(2)
+    pairs = [(rng.normal(size=(60, 2)), rng.normal(size=(60, 2))) for _ in range(4)]
+    assert chance_of_a_fit(pairs, "delta") < 0.8
+    one = np.cumsum(rng.normal(size=(60, 2)), axis=0)
+    alike = [(np.diff(one, axis=0, append=one[-1:]), one)] * 4
+    assert chance_of_a_fit(alike, "delta") == pytest.approx(0.9)
 
 
 def test_times_find_the_frame_shown_nearest():

@@ -354,6 +354,87 @@ def test_an_instruction_never_reaches_a_path_a_shell_or_a_page_as_it_is(tmp_path
     assert "\n" not in dataset.tasks[0]
 
 
+EVIL = 'x](http://a.example) <img src=x onerror=alert(1)> `rm` | "; rm -rf ~; $(touch harm)'
+
+
+def test_names_from_other_peoples_datasets_reach_the_card_without_markup(tmp_path: Path):
+    """Feature names, dimension names and splits are words of strangers as much as instructions are."""
+    root = write_dataset(tmp_path / "raw", [12, 13], kind="none", tasks=(EVIL,), splits={EVIL: "0:2"})
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = [EVIL, "y", "gripper"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    run_convert(root, tmp_path / "set", "lerobot")
+    card = (tmp_path / "set/README.md").read_text()
+    assert "touch harm" in card, "the words are shown"
+    assert "<img" not in card and "`rm`" not in card and "x](" not in card
+    rows = [line for line in card.splitlines() if line.startswith("| `action`")]
+    assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 6, "no cell of a table was opened"
+
+
+def test_a_script_for_slurm_quotes_every_word():
+    import shlex
+
+    from dpipe.pipeline.slurm import sbatch_script
+
+    script = sbatch_script(["convert", "libero", "--where", EVIL], 4, 2, None)
+    (line,) = [line for line in script.splitlines() if line.startswith("dpipe convert")]
+    assert EVIL in shlex.split(line.partition(" --workers")[0])
+    with pytest.raises(UsageError, match="line break"):
+        sbatch_script(["convert", "libero", "--where", "x\ntouch harm"], 4, 2, None)
+
+
+def test_a_picture_that_is_a_program_is_no_picture():
+    """Pillow would hand PostScript to Ghostscript."""
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(harm) run\n%%EOF\n"
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_image(program, "here")
+
+
+def test_nothing_reaches_for_the_network_unasked(tmp_path: Path):
+    """Sample, convert, precompute, doctor and status, in a process in which every connection is refused."""
+    code = """
+import socket, sys
+from pathlib import Path
+
+tried = []
+def refuse(name):
+    def call(*given, **more):
+        tried.append((name, given[1:2]))
+        raise OSError("no network here")
+    return call
+for name in ("connect", "connect_ex", "sendto", "bind"):
+    setattr(socket.socket, name, refuse(name))
+socket.create_connection = refuse("create_connection")
+socket.getaddrinfo = refuse("getaddrinfo")
+
+from dpipe.cli import cli
+space = ["--workspace", sys.argv[1]]
+for words in (
+    ["sample", "libero", "--episodes", "2", *space],
+    ["convert", "libero", "--workers", "0", *space],
+    ["precompute", "tokens", "stats", "--workers", "0", *space],
+    ["doctor", "libero", "--full", *space],
+    ["doctor", str(Path(sys.argv[1]) / "raw/libero"), *space],
+    ["status", *space],
+):
+    try:
+        cli(words, standalone_mode=True)
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+assert not tried, tried
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+
+
 def test_a_condition_over_episodes_reads_no_file(tmp_path: Path):
     from dpipe.pipeline.catalog import select
 
@@ -366,7 +447,7 @@ def test_a_condition_over_episodes_reads_no_file(tmp_path: Path):
 
 
 def test_shards_name_no_file_outside_their_folder(tmp_path: Path):
-    from dpipe.streams.shards import write_shards
+    from dpipe.streams.shard_writing import write_shards
 
     root = write_dataset(tmp_path / "set", [12], kind="none")
     folder = write_shards(open_dataset(root), tmp_path / "shards")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from .checks import (
     Report,
     in_a_line,
 )
-from .pictures import Reader, Seen, choose_spans, watch
+from .pictures import Reader, Seen, choose_spans, frames_affordable, watch
 from .recording import ACTION, STATE, EpisodeRows, Gathered
+from .rows import levels_differ
 from .subject import Block, Place, Subject
-from .videos import VideoFile, open_video_file
+from .videos import Stretch, VideoFile, open_video_file
 
 # What a problem of numbering makes of the statistics of its column: nothing new.
 NUMBERED = {
@@ -39,7 +41,7 @@ NUMBERED = {
     "timestamp": "timestamp",
     "task-index": "task_index",
 }
-SUSPECTS = 2  # episodes of the fewest bytes a frame, looked at beside those evenly spread
+SUSPECTS = 3  # episodes with the fewest bytes in half a second, looked at beside those evenly spread
 
 
 def examine_dataset(root: Path, level: Level) -> Report:
@@ -58,7 +60,7 @@ def examine_dataset(root: Path, level: Level) -> Report:
     states = _States(subject)
     videos = _examine_videos(subject, examination, states)
     for path in set(subject.broken) - told:
-        if path.exists() and not _reported(report, subject.name_of(path)):
+        if os.path.exists(path) and not _reported(report, subject.name_of(path)):
             examination.note("unreadable", Found(subject.name_of(path), subject.broken[path]))
     _examine_pictures(subject, examination, videos, states)
     _tell_torn(subject, examination)
@@ -128,7 +130,7 @@ def _examine_videos(
 ) -> dict[str, list[VideoFile]]:
     opened: dict[str, list[VideoFile]] = {}
     for camera in subject.videos:
-        seen: dict[bytes, int] = {}
+        seen: dict[bytes, Stretch] = {}
         for place in subject.video_places(camera):
             video = open_video_file(subject, camera, place, seen, states.of)
             if video is not None:
@@ -143,8 +145,11 @@ def _examine_pictures(
     """Decode: everything, or stretches of episodes evenly spread and of those whose samples are smallest."""
     seen = Seen()
     # One set of stretches for all cameras, so that they can be compared.
-    suspects = sorted({e for camera in videos for e in _thinnest(subject, videos[camera])})
-    spans = choose_spans(subject.lengths, subject.level, suspects)
+    suspects = {e: frame for camera in videos for e, frame in _thinnest(subject, videos[camera])}
+    sizes = [subject.features[camera]["shape"] for camera in subject.cameras]
+    largest = max((int(np.prod(size)) // 3 for size in sizes), default=1)
+    budget = frames_affordable(1, largest)
+    spans = choose_spans(subject.lengths, subject.level, suspects, budget=budget)
     for camera in subject.cameras:
         for e, span, read in _readers(subject, camera, videos.get(camera, []), spans):
             where = f"episode {e}"
@@ -153,9 +158,13 @@ def _examine_pictures(
             except EXPECTED as error:
                 examination.note("video-damaged", Found(f"{where}, {camera}", in_a_line(error)))
                 continue
+            if camera in subject.depth:
+                continue  # decoded whole; what grey levels say is not said of distances
             examination.look(PICTURES, clip, clip.place)
             seen.add(clip)
     examination.look(SEEN, seen, "videos")
+    for found in levels_differ(subject.stats or {}, seen):
+        examination.note("statistics", found)
 
 
 class _States:
@@ -183,9 +192,10 @@ class _States:
         return None
 
 
-def _thinnest(subject: Subject, videos: list[VideoFile]) -> list[int]:
-    """Episodes whose frames take the fewest bytes: black and frozen pictures compress to nothing."""
-    found: list[tuple[float, int]] = []
+def _thinnest(subject: Subject, videos: list[VideoFile]) -> list[tuple[int, int]]:
+    """Episodes of which some half second takes the fewest bytes, and where: nothing is what black and frozen cost."""
+    found: list[tuple[float, int, int]] = []
+    window = max(8, (subject.fps or 1) // 2)
     for video in videos:
         table, total = video.table, len(video.table.shown)
         if not video.has_stamps:
@@ -193,8 +203,11 @@ def _thinnest(subject: Subject, videos: list[VideoFile]) -> list[int]:
         sums = np.concatenate([[0], np.cumsum(table.sizes[table.shown])])
         for e, first, length in zip(video.place.episodes, video.first_frames, video.lengths, strict=True):
             if length and first >= 0 and first + length <= total:
-                found.append((float(sums[first + length] - sums[first]) / float(length), int(e)))
-    return [e for _, e in sorted(found)[:SUSPECTS]]
+                size = min(window, int(length))
+                spent = sums[first + size : first + length + 1] - sums[first : first + length - size + 1]
+                at = int(spent.argmin())
+                found.append((float(spent[at]) / size, int(e), at + size // 2))
+    return [(e, frame) for _, e, frame in sorted(found)[:SUSPECTS]]
 
 
 def _readers(

@@ -21,6 +21,9 @@ FARTHEST = 12  # frames either way
 SHORTEST = 24  # frames of an episode worth asking
 MOST_DIMS = 32  # of each vector; more cost time and tell nothing new
 CLEAR = 0.5  # correlation below which nothing is concluded
+CLEARLY = 0.05  # by which a fit must exceed what other episodes give
+SURE = 0.9  # correlation that is none of chance, whatever other episodes give: they may be alike
+MOST_PAIRINGS, POOLED = 4, 16  # ways to pair episodes wrongly, and episodes in each
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,21 @@ def pool_curves(curves: Sequence[Mapping[str, LagCurve]]) -> tuple[str, LagCurve
         return None
     kind = max(pooled, key=lambda name: pooled[name].values.max())
     return kind, pooled[kind]
+
+
+def chance_of_a_fit(pairs: Sequence[tuple[NDArray[np.floating], NDArray[np.floating]]], kind: str) -> float:
+    """The pooled correlation that actions reach with states of other episodes, and some more; at least CLEAR."""
+    best = 0.0
+    for apart in range(1, min(len(pairs), MOST_PAIRINGS + 1)):
+        curves = []
+        for i, (action, _) in enumerate(pairs[:POOLED]):
+            state = pairs[(i + apart) % len(pairs)][1]
+            frames = min(len(action), len(state))
+            curve = lag_curve(action[:frames].astype(np.float64), state[:frames].astype(np.float64), kind)
+            curves.append({} if curve is None else {kind: curve})
+        found = pool_curves(curves)
+        best = max(best, found[1].at(found[1].peak) if found else 0.0)
+    return max(CLEAR, min(best + CLEARLY, SURE))
 
 
 def describe_lag(curve: LagCurve) -> str:

@@ -404,7 +404,7 @@ def shards_hold_what_was_written(subject: Subject) -> Findings:
 
 
 def examine_shards(folder: Path, subject: Subject | None, level: Level) -> Findings:
-    from ...streams.shards import read_index
+    from ...streams.shard_format import read_index
 
     where = subject.name_of(folder) if subject else str(folder)
     if not (folder / "index.json").is_file():

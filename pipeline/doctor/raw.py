@@ -22,6 +22,8 @@ from .pictures import Reader, Seen, choose_spans, watch
 from .recording import ACTION, STATE, EpisodeRows, Gathered
 from .structure import odd_instructions
 
+RAW_BUDGET = 768  # frames of a camera decoded by default; those of raw recordings may be large
+
 
 def find_source(raw: Path) -> str | None:
     """The source whose recordings lie in `raw`: the one its folder is named after, else the first that finds any."""
@@ -112,7 +114,7 @@ def _examine_episodes(
         gathered = Gathered(total=len(members), level=level, conventions=embodiment.conventions)
         seen = Seen()
         lengths = np.array([ref.frames for ref in members], np.int64)
-        spans = dict(choose_spans(lengths, level))
+        spans = dict(choose_spans(lengths, level, budget=RAW_BUDGET))
         for number, ref in enumerate(members):
             try:
                 episode = converter.read(ref, options)

@@ -20,7 +20,7 @@ from ...schemas.problems import ERROR, NOTE, WARN
 from ...schemas.statistics import QUANTILES
 from ...streams.dataset import CONTENT_COLUMNS, episode_content
 from .checks import ALL, EPISODE, Findings, Found, Level, check
-from .lags import LagCurve, describe_lag, lag_curve, pool_curves
+from .lags import SURE, LagCurve, chance_of_a_fit, describe_lag, lag_curve, pool_curves
 
 if TYPE_CHECKING:
     from .subject import Subject
@@ -29,6 +29,7 @@ STATE, ACTION = "observation.state", "action"
 LAGGED_EPISODES = 64  # whose time pairing is looked at by default, evenly spread
 STILL_FRAMES = 10
 MOST_ROW_HASHES = 20_000_000  # frames whose rows are compared between splits
+UNSTEADY = "rot|angle|euler|quat|gripper|roll|pitch|yaw|vel|speed|acc|force|torque|effort|current|touch|theta"
 GENERIC_NAME = re.compile(r"(?:[a-z]+[_.]?)?\d+", re.I)
 
 
@@ -89,8 +90,14 @@ class Gathered:
     largest_at: list[NDArray[np.int64]] = field(default_factory=list)
     usual_step: list[NDArray[np.float64]] = field(default_factory=list)  # 95 % of steps are smaller
     curves: list[tuple[int, Mapping[str, LagCurve]]] = field(default_factory=list)
+    paired: list[tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=list)  # action and state of some
+    shared: list[str] = field(default_factory=list)  # names that action and state have in common
+    fits: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # correlation of namesakes
+    gaps: list[tuple[int, NDArray[np.float64]]] = field(default_factory=list)  # median distance of namesakes
+    spans: list[tuple[int, NDArray[np.float64]]] = field(default_factory=list)  # what their state spans
     same: list[bool] = field(default_factory=list)  # the action is the state beside it
     grippers: list[Gripper] = field(default_factory=list)
+    turns: dict[tuple[str, str, str], list[tuple[int, float]]] = field(default_factory=dict)  # largest angle
     rows: list[NDArray[np.uint64]] = field(default_factory=list)  # hash of each frame's action and state
     quantiles: dict[str, dict[str, tuple[NDArray[Any], NDArray[Any]]]] = field(default_factory=dict)
     rows_are_whole: bool = True  # every data file was read, with as many rows as its episodes have
@@ -107,6 +114,8 @@ class Gathered:
         self.content.append(episode_content(known, episode.frames) if known else "")
         if known and sum(self.frames) <= MOST_ROW_HASHES:
             self.rows.append(hash_rows([known[name] for name in sorted(known)]))
+        for feature, kind, prefix, largest in largest_angles(episode):
+            self.turns.setdefault((feature, kind, prefix), []).append((number, largest))
         action, state = episode.floats(ACTION), episode.floats(STATE)
         for name, values in ((ACTION, action), (STATE, state)):
             if values is not None:
@@ -121,12 +130,38 @@ class Gathered:
             self.usual_step.append(np.quantile(steps, 0.95, axis=0))
         if action is None or state is None or len(action) != len(state):
             return
+        self._compare_namesakes(number, action, state, episode.names)
         self.same.append(_action_is_state(action, state, episode.names))
         self.grippers += _grippers(number, action, state, episode.names)
         stride = 1 if self.level == Level.FULL else max(1, self.total // LAGGED_EPISODES)
         if number % stride == 0:
             curves = {kind: lag_curve(action, state, kind) for kind in ("delta", "absolute")}
             self.curves.append((number, {kind: c for kind, c in curves.items() if c is not None}))
+            if len(self.paired) < LAGGED_EPISODES:
+                self.paired.append((action.astype(np.float32), state.astype(np.float32)))
+
+    def _compare_namesakes(
+        self,
+        number: int,
+        action: NDArray[np.float64],
+        state: NDArray[np.float64],
+        names: Mapping[str, Sequence[str] | None],
+    ) -> None:
+        """Dimensions that action and state call alike: how they correlate, and how far apart they are."""
+        mine, theirs = names.get(ACTION), names.get(STATE)
+        if not mine or not theirs or len(action) < STILL_FRAMES:
+            return
+        shared = [name for name in mine if name in theirs]
+        if not shared or len(set(shared)) < len(shared) or (self.shared and self.shared != shared):
+            return
+        self.shared = shared
+        a = action[:, [list(mine).index(name) for name in shared]]
+        s = state[:, [list(theirs).index(name) for name in shared]]
+        for d, name in enumerate(shared):
+            if a[:, d].std() > 1e-9 and s[:, d].std() > 1e-9:
+                self.fits.setdefault(name, []).append((number, float(np.corrcoef(a[:, d], s[:, d])[0, 1])))
+        self.gaps.append((number, np.median(np.abs(a - s), axis=0)))
+        self.spans.append((number, np.ptp(s, axis=0)))
 
     def _widen_quantiles(self, episode: EpisodeRows) -> None:
         """Smallest and largest quantile of any episode, one place either way: lerobot's lie between.
@@ -185,7 +220,9 @@ def the_state_follows(episode: EpisodeRows) -> Findings:
         return
     still = np.concatenate([[False], (np.diff(state, axis=0) == 0).all(axis=1), [False]])
     edges = np.flatnonzero(np.diff(still.astype(np.int8)))
-    reach = np.ptp(action, axis=0)
+    names = episode.names.get(ACTION) or [""] * action.shape[1]
+    hands = np.array([_levels(action[:, d]) < 3 or "gripper" in str(n).lower() for d, n in enumerate(names)])
+    reach = np.where(hands, 0.0, np.ptp(action, axis=0))  # a hand may work while the arm rests
     for first, stop in zip(edges[::2], edges[1::2], strict=True):
         if stop - first < max(STILL_FRAMES, episode.fps):
             continue
@@ -208,6 +245,8 @@ def rotations_are_rotations(episode: EpisodeRows) -> Findings:
         if values.shape[1] != len(names):
             continue
         for kind, prefix, dims in rotation_groups(names):
+            if kind in ANGLES or not values[:, dims].any():
+                continue  # angles are judged together; a hand that is not there is zeros throughout
             with np.errstate(invalid="ignore"):
                 bad = np.flatnonzero(rotation_error(kind, values[:, dims]) > 0)
             if len(bad):
@@ -218,12 +257,28 @@ def rotations_are_rotations(episode: EpisodeRows) -> Findings:
                 )
 
 
+ANGLES = ("axis-angle", "euler")
 WRONG = {
     "quaternion": "length other than 1",
     "rot6d": "columns not of length 1 and orthogonal",
     "axis-angle": "a turn beyond 2 pi",
     "euler": "an angle beyond 2 pi",
 }
+
+
+def largest_angles(episode: EpisodeRows) -> list[tuple[str, str, str, float]]:
+    """(feature, kind, what it is called, largest angle) of every rotation given by angles."""
+    found = []
+    for feature, names in episode.names.items():
+        values = episode.floats(feature) if names else None
+        if not names or values is None or values.shape[1] != len(names):
+            continue
+        for kind, prefix, dims in rotation_groups(names):
+            if kind in ANGLES:
+                angles = values[:, dims]
+                size = np.linalg.norm(angles, axis=1) if kind == "axis-angle" else np.abs(angles).max(axis=1)
+                found.append((feature, kind, prefix, float(size.max())))
+    return found
 
 
 def rotation_groups(names: Sequence[str]) -> list[tuple[str, str, list[int]]]:
@@ -257,57 +312,171 @@ def rotation_error(kind: str, values: NDArray[np.float64]) -> NDArray[np.float64
         a, b = values[:, :3], values[:, 3:]
         length = np.maximum(np.abs(np.linalg.norm(a, axis=1) - 1), np.abs(np.linalg.norm(b, axis=1) - 1))
         return np.maximum(length, np.abs((a * b).sum(axis=1))) - 1e-2
-    if kind == "axis-angle":
-        return np.linalg.norm(values, axis=1) - (2 * np.pi + 0.1)
-    return np.abs(values).max(axis=1) - (2 * np.pi + 0.1)
+    raise ValueError(f"{kind} is told by its size alone")
 
 
 # --- all of them --------------------------------------------------------------------------------------------
 
 
+@check("rotation", ALL, Level.SAMPLED)
+def angles_have_one_unit(gathered: Gathered) -> Findings:
+    """Angles beyond a turn in some episodes are in another unit, or wrong; in most of them, they are degrees."""
+    for (feature, kind, prefix), found in gathered.turns.items():
+        beyond = [(e, largest) for e, largest in found if largest > 2 * np.pi + 0.1]
+        if 2 * len(beyond) > len(found) and len(found) > 1:
+            largest = max(value for _, value in beyond)
+            yield Found(
+                "every episode", f"'{feature}' {prefix}: up to {largest:.3g}, so these are degrees", NOTE
+            )
+            continue
+        for e, largest in beyond:
+            yield Found(gathered.where[e], f"'{feature}' {prefix}: {WRONG[kind]} ({largest:.3g})")
+
+
 @check("constant", ALL, Level.SAMPLED)
 def something_changes(gathered: Gathered) -> Findings:
-    """A whole vector that never changes: in one episode while it does in others, or in all of them."""
+    """A whole vector that never changes: in one episode while it does in others, or in all of them.
+
+    Where neither action nor state changes, nothing was done: a habit of people, not a fault of a sensor.
+    """
+    still = {}
     for name, lows in gathered.lows.items():
-        if len({len(low) for low in lows}) != 1 or len(lows) != len(gathered.where):
-            continue
-        low, high = np.array(lows), np.array(gathered.highs[name])
-        still = (low == high).all(axis=1) & (np.array(gathered.frames) >= STILL_FRAMES)
-        if still.all():
+        if len({len(low) for low in lows}) == 1 and len(lows) == len(gathered.where):
+            low, high = np.array(lows), np.array(gathered.highs[name])
+            still[name] = (low == high).all(axis=1) & (np.array(gathered.frames) >= STILL_FRAMES)
+    idle = (
+        np.logical_and.reduce([*still.values()]) if len(still) == 2 else np.zeros(len(gathered.where), bool)
+    )
+    for name, own in still.items():
+        if own.all():
             yield Found("every episode", f"'{name}' never changes")
-        else:
-            for e in np.flatnonzero(still):
-                yield Found(
-                    gathered.where[e], f"'{name}' never changes in {gathered.frames[e]} frames", ERROR
-                )
+            continue
+        for e in np.flatnonzero(own):
+            what = f"'{name}' never changes in {gathered.frames[e]} frames"
+            yield Found(gathered.where[e], what, NOTE if idle[e] else ERROR)
+        low, high = np.array(gathered.lows[name]), np.array(gathered.highs[name])
         dims = np.flatnonzero(low.min(axis=0) == high.max(axis=0))
-        if len(dims) and not still.all():
+        if len(dims):
             names = gathered.names.get(name)
             listed = ", ".join(str(names[d]) if names and d < len(names) else str(d) for d in dims[:6])
             yield Found("every episode", f"'{name}' never changes in {listed}", NOTE)
+    if len(still) == 2:
+        yield from _stuck_dimensions(gathered)
+
+
+def _stuck_dimensions(gathered: Gathered) -> Findings:
+    """A joint that stands still in one episode though commanded to move, and moves in all the others."""
+    mine, theirs = gathered.names.get(ACTION), gathered.names.get(STATE)
+    if not mine or not theirs or len(gathered.where) < 3:
+        return
+    reach = {name: np.array(gathered.highs[name]) - np.array(gathered.lows[name]) for name in (ACTION, STATE)}
+    if reach[ACTION].shape[1] != len(mine) or reach[STATE].shape[1] != len(theirs):
+        return
+    for d, called in enumerate(theirs):
+        if called not in mine or "gripper" in called.lower():
+            continue  # a gripper on an object stands still, commanded or not
+        commanded, measured = reach[ACTION][:, list(mine).index(called)], reach[STATE][:, d]
+        stuck = (measured == 0) & (commanded > 0.2 * np.median(commanded)) & (commanded > 0)
+        whole = (reach[STATE] == 0).all(axis=1)
+        if 0 < stuck.sum() <= len(stuck) // 3:
+            for e in np.flatnonzero(stuck & ~whole):
+                yield Found(
+                    gathered.where[e],
+                    f"observation.state '{called}' never changes, though it is commanded to and does elsewhere",
+                )
 
 
 @check("jump", ALL, Level.SAMPLED)
 def the_state_is_continuous(gathered: Gathered) -> Findings:
     """A step across half of what a dimension ever spans, many times any usual step; angles may wrap."""
     lows = gathered.lows.get(STATE, [])
-    names = gathered.names.get(STATE)
-    if len(lows) != len(gathered.largest_step) or not lows or not names or len(lows) != len(gathered.where):
+    if len(lows) != len(gathered.largest_step) or not lows or len(lows) != len(gathered.where):
         return
     if len({len(low) for low in lows}) != 1:
         return
     span = np.array(gathered.highs[STATE]).max(axis=0) - np.array(lows).min(axis=0)
     usual = np.median(np.array(gathered.usual_step), axis=0)
     largest = np.array(gathered.largest_step)
-    smooth = np.array([re.fullmatch(r"(.*_)?[xyz]|.*(joint|pos).*", n) is not None for n in names])
-    smooth &= np.array([re.search("rot|angle|euler|quat|gripper|roll|pitch|yaw", n) is None for n in names])
-    if len(smooth) != len(span):
+    names = gathered.names.get(STATE) or [str(d) for d in range(len(span))]
+    if len(names) != len(span):
         return
-    for e, d in np.argwhere(smooth & (usual > 0) & (largest > 0.5 * span) & (largest > 8 * usual)):
+    steady = np.array([re.search(UNSTEADY, n.lower()) is None for n in names])
+    smooth = steady & np.array([re.fullmatch(r"(.*_)?[xyz]|.*(joint|pos).*", n) is not None for n in names])
+    # What is called otherwise is judged against itself: a step several times any of the other episodes'.
+    ordered = np.sort(largest, axis=0)
+    alone = steady & (largest > 4 * ordered[-2]) if len(largest) > 2 else np.zeros_like(largest, bool)
+    turns = [np.abs(largest - turn) < 0.06 * turn for turn in (2 * np.pi, 360.0)]  # an angle that wraps
+    sudden = (usual > 0) & (largest > 0.5 * span) & (largest > 8 * usual) & ~np.logical_or.reduce(turns)
+    for e, d in np.argwhere(sudden & (smooth | alone)):
         yield Found(
             f"{gathered.where[e]}, frame {gathered.largest_at[e][d]}",
             f"observation.state '{names[d]}' steps by {largest[e, d]:.3g}; the usual step is below {usual[d]:.2g}",
         )
+
+
+@check("contradiction", ALL, Level.SAMPLED)
+def commands_and_states_of_one_name_agree(gathered: Gathered) -> Findings:
+    """A command follows the state of its own name in all episodes but one, where it is negated, or another's."""
+    for name, fits in gathered.fits.items():
+        if len(fits) < 3:
+            continue
+        usual = float(np.median([fit for _, fit in fits]))
+        below = [(e, fit) for e, fit in fits if fit < -0.5]
+        if usual > 0.8 and len(below) * 3 <= len(fits):
+            for e, fit in below:
+                yield Found(
+                    gathered.where[e],
+                    f"action '{name}' runs against the state of that name (correlation {fit:.2f}, {usual:.2f} in "
+                    "other episodes)",
+                )
+    yield from _other_commands(gathered)
+
+
+def _other_commands(gathered: Gathered) -> Findings:
+    """Commands far from the states of their names in one episode, and near in all others."""
+    if len(gathered.gaps) < 3:
+        return
+    gaps = np.array([gap for _, gap in gathered.gaps])  # [E, D] in parts of what the state spans
+    span = np.array([reach for _, reach in gathered.spans]).max(axis=0) + 1e-12
+    gaps = gaps / span
+    usual = np.median(gaps, axis=0)
+    far = (gaps > 0.25) & (gaps > 6 * usual) & (usual < 0.1)
+    if 0 < far.any(axis=1).sum() <= len(gaps) / 3:
+        for row in np.flatnonzero(far.any(axis=1)):
+            d = int(far[row].argmax())
+            yield Found(
+                gathered.where[gathered.gaps[row][0]],
+                f"action '{gathered.shared[d]}' is {gaps[row, d]:.0%} of its range away from the state of that name, "
+                f"{usual[d]:.0%} in other episodes",
+            )
+
+
+FACTORS = {57.29578: "degrees and radians", 1000.0: "metres and millimetres", 100.0: "metres and centimetres"}
+
+
+@check("units", ALL, Level.SAMPLED)
+def episodes_share_their_units(gathered: Gathered) -> Findings:
+    """One episode whose every dimension spans a known factor more or less than in the others."""
+    lows = gathered.lows.get(STATE, [])
+    if len(lows) < 3 or len({len(low) for low in lows}) != 1 or len(lows) != len(gathered.where):
+        return
+    reach = np.array(gathered.highs[STATE]) - np.array(lows)
+    usual = np.median(reach, axis=0)
+    moving = usual > 1e-6
+    if moving.sum() < 2:
+        return
+    ratio = (reach[:, moving] + 1e-12) / usual[moving]
+    middle = np.median(ratio, axis=1)
+    for factor, units in FACTORS.items():
+        for sign in (1.0, -1.0):
+            away = np.abs(np.log(middle) - sign * np.log(factor))
+            alike = (np.abs(np.log(ratio) - sign * np.log(factor)) < np.log(3.0)).mean(axis=1)
+            found = np.flatnonzero((away < np.log(1.8)) & (alike > 0.8))
+            for e in found if len(found) * 3 <= len(lows) else []:
+                yield Found(
+                    gathered.where[e],
+                    f"observation.state spans {middle[e]:.3g} times what it does elsewhere, as between {units}",
+                )
 
 
 @check("action-is-state", ALL, Level.SAMPLED)
@@ -323,20 +492,31 @@ def actions_lead_the_state(gathered: Gathered) -> Findings:
     if found is None:
         return
     kind, pooled = found
-    if pooled.lead < 0 and pooled.clear and not (gathered.same and all(gathered.same)):
+    chance = chance_of_a_fit(gathered.paired, kind)
+    due = 1 if kind == "absolute" else 0
+    # Slow motion fits nearly as well a frame away: a lag of one must be plain.
+    plain = pooled.at(pooled.peak) - pooled.at(due) > (0.05 if pooled.lead == -1 else 0.02)
+    copied = gathered.same and all(gathered.same)
+    agree = sum(abs(c[kind].peak - pooled.peak) <= 1 for _, c in gathered.curves if kind in c)
+    if len(gathered.curves) < 3:
+        chance = max(chance, SURE)
+    plain = plain and agree >= max(len(gathered.curves) * 2 / 3, min(len(gathered.curves), 4))
+    if pooled.lead < 0 and plain and pooled.at(pooled.peak) > chance and not copied:
         asked = gathered.conventions.get("time_pairing") == "as-stored"
         yield Found("every episode", describe_lag(pooled), NOTE if asked else WARN)
     if len(gathered.curves) < 3:
         return
     for number, curves in gathered.curves:
         own = curves.get(kind)
-        if own is None:
-            continue
-        others = pool_curves([c for n, c in gathered.curves if n != number])
-        if others is None or others[0] != kind:
+        rest = [c for n, c in gathered.curves if n != number]
+        others = pool_curves(rest)
+        if own is None or others is None or others[0] != kind or others[1].at(others[1].peak) <= chance:
             continue
         usual = others[1]
-        if own.clear and abs(own.peak - usual.peak) >= 3 and own.at(own.peak) - own.at(usual.peak) > 0.15:
+        agree = sum(abs(c[kind].peak - usual.peak) <= 1 for c in rest if kind in c)
+        far = abs(own.peak - usual.peak) >= 3 and own.at(own.peak) - own.at(usual.peak) > 0.15
+        as_sure = own.clear and own.at(own.peak) > usual.at(usual.peak) - 0.2
+        if far and as_sure and agree * 3 >= 2 * len(rest) and agree > 1:
             yield Found(
                 gathered.where[number],
                 f"its actions move the state {own.peak - usual.peak:+d} frames from where they do in other "
@@ -365,7 +545,9 @@ def grippers_speak_one_language(gathered: Gathered) -> Findings:
         if len(pairs) > 1 and len(own) == sum(map(len, pairs.values())):
             usual = max(pairs, key=lambda pair: len(pairs[pair]))
             for pair, episodes in pairs.items():
-                if pair != usual:
+                span = usual[1] - usual[0]
+                far = max(abs(a - b) for a, b in zip(pair, usual, strict=True)) > span / 4
+                if pair != usual and far:  # how far to close may well depend on the object
                     yield Found(
                         gathered.where[episodes[0]],
                         f"gripper action takes {list(pair)}, in {len(pairs[usual])} other episodes {list(usual)}",
@@ -412,6 +594,7 @@ def grippers_are_called_grippers(gathered: Gathered) -> Findings:
                 "meta/info.json",
                 f"action dimension {dim} takes two values, as a gripper does, but is called "
                 f"{names[dim] if names else 'nothing'}: lerobot would make it relative",
+                "" if names else NOTE,  # where nothing is named, nothing is misnamed
             )
 
 

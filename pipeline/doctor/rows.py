@@ -16,6 +16,7 @@ from ...schemas.features import DEFAULT_FEATURES
 from ...schemas.problems import NOTE
 from ...schemas.statistics import QUANTILES, exact_statistics
 from .checks import ALL, ROWS, Findings, Found, Level, check
+from .pictures import Seen
 from .recording import Gathered
 from .subject import NOT_NUMBERS, Block, Subject
 
@@ -188,6 +189,32 @@ def _differs(
         d = int(wrong[0])
         expected = f"{low[d]:.6g}" if low[d] == high[d] else f"{low[d]:.6g} to {high[d]:.6g}"
         yield f"'{name}' {entry}[{d}] is {told[d]:.6g}, the rows give {expected}"
+
+
+def levels_differ(stats: dict[str, Any], seen: Seen) -> Findings:
+    """The mean colour in meta/stats.json against that of the pictures looked at, as far as these tell it."""
+    for camera, glimpses in seen.glimpses.items():
+        own = stats.get(camera)
+        told = own.get("mean") if isinstance(own, dict) else None
+        if told is None or len(glimpses) < 2:
+            continue
+        try:
+            mean = np.asarray(told, np.float64).reshape(-1) * 255
+        except (TypeError, ValueError):
+            continue  # `statistics_are_complete` has said so
+        each = np.stack([g.levels for g in glimpses])
+        if mean.shape != each.shape[1:]:
+            continue
+        # Writers sample frames, too; what episodes differ by is what a sample of them may be off by.
+        slack = 8 + 4 * each.std(axis=0) / np.sqrt(len(each))
+        away = np.abs(each.mean(axis=0) - mean)
+        if (away > slack).any():
+            c = int((away - slack).argmax())
+            yield Found(
+                "meta/stats.json",
+                f"'{camera}' mean[{c}] is {mean[c] / 255:.3f}, the pictures looked at have "
+                f"{each[:, c].mean() / 255:.3f}",
+            )
 
 
 @check("episode-statistics", ROWS, Level.SAMPLED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -49,10 +50,18 @@ NOT_NUMBERS = (*PICTURES, "string", "language")
 
 @dataclass(frozen=True)
 class Place:
-    """A file that meta/episodes names, and the episodes [n] it holds, in order."""
+    """A file that meta/episodes names, relative to the dataset, and the episodes [n] it holds, in order.
 
-    path: Path
+    Names are text: a large dataset has so many that paths of pathlib's would take most of the time.
+    """
+
+    root: Path
+    name: str
     episodes: NDArray[np.int64]
+
+    @cached_property
+    def path(self) -> Path:
+        return self.root / self.name
 
 
 @dataclass
@@ -108,6 +117,7 @@ class Subject:
     broken: dict[Path, str] = field(default_factory=dict)  # file -> why it cannot be read
     torn: dict[str, str] = field(default_factory=dict)  # column of meta/episodes -> why it cannot be read
     _blocks: OrderedDict[Path, Block] = field(default_factory=OrderedDict, repr=False)
+    _video_places: dict[str, list[Place]] = field(default_factory=dict, repr=False)
 
     def name_of(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
@@ -168,6 +178,18 @@ class Subject:
     @property
     def videos(self) -> list[str]:
         return [name for name, told in self.features.items() if told["dtype"] == "video"]
+
+    @property
+    def depth(self) -> set[str]:
+        """Cameras that measure distances: one channel, or marked as lerobot marks them."""
+        found = set()
+        for name in self.cameras:
+            told = self.features[name]
+            info = told.get("info")
+            marked = isinstance(info, dict) and (info.get("is_depth_map") or info.get("video.is_depth_map"))
+            if marked or told["shape"][-1] == 1 or told["shape"][0] == 1:
+                found.add(name)
+        return found
 
     def dims(self, name: str) -> int:
         return int(np.prod([int(n) for n in self.features[name]["shape"]]))
@@ -314,8 +336,8 @@ class Subject:
         found = []
         for group in np.split(order, cuts) if len(order) else []:
             words = {"chunk_index": int(chunk[group[0]]), "file_index": int(file[group[0]])}
-            path = self.root / template.format(**words, video_key=video_key)
-            found.append(Place(path, np.sort(group)))
+            name = posixpath.normpath(template.format(**words, video_key=video_key))
+            found.append(Place(self.root, name, np.sort(group)))
         return found
 
     @cached_property
@@ -323,21 +345,16 @@ class Subject:
         return self.places("data", self.template("data_path"))
 
     def video_places(self, camera: str) -> list[Place]:
-        return self.places(f"videos/{camera}", self.template("video_path"), camera)
+        if camera not in self._video_places:
+            self._video_places[camera] = self.places(f"videos/{camera}", self.template("video_path"), camera)
+        return self._video_places[camera]
 
     @cached_property
-    def listed(self) -> dict[Path, int]:
-        """Every file below data/, meta/ and videos/ with its size, temporary and hidden ones too."""
-        found: dict[Path, int] = {}
+    def listed(self) -> dict[str, int]:
+        """Every file below data/, meta/ and videos/ by its relative name, with its size; temporary and hidden too."""
+        found: dict[str, int] = {}
         for folder in ("data", "meta", "videos"):
-            for base, folders, files in os.walk(self.root / folder):
-                folders.sort()
-                for name in sorted(files):
-                    path = Path(base, name)
-                    try:
-                        found[path] = path.stat().st_size
-                    except OSError:
-                        found[path] = -1  # a link to nothing
+            _list_files(os.path.join(self.root, folder), folder, found)
         return found
 
     # --- rows ------------------------------------------------------------------------------------------
@@ -353,7 +370,7 @@ class Subject:
         if place.path in self._blocks:
             self._blocks.move_to_end(place.path)
             return self._blocks[place.path]
-        if place.path in self.broken or not place.path.is_file():
+        if place.path in self.broken or not os.path.isfile(place.path):  # Path.is_file raises on odd names
             return None
         file = self.open_table(place.path)
         if file is None:
@@ -444,6 +461,24 @@ class Subject:
         except EXPECTED as error:
             self.broken[path] = in_a_line(error)
             return None
+
+
+def _list_files(folder: str, name: str, found: dict[str, int]) -> None:
+    """Names and sizes, in order; links to folders are not entered."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in inside:
+        below = f"{name}/{entry.name}"
+        if entry.is_dir(follow_symlinks=False):
+            _list_files(entry.path, below, found)
+            continue
+        try:
+            found[below] = entry.stat().st_size
+        except OSError:
+            found[below] = -1  # a link to nothing
 
 
 def feature_trouble(told: Any) -> str:

@@ -6,9 +6,11 @@ times of the frames in the file, so that a shift of one frame, or a tenth of one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,13 +32,13 @@ States = Callable[[int], "NDArray[np.float64] | None"]
 
 @dataclass
 class VideoFile:
-    """One video file of a camera; `seen` is shared by all files of the camera: samples -> episode."""
+    """One video file of a camera; `seen` is shared by all files of the camera: samples -> who has them."""
 
     subject: Subject
     camera: str
     place: Place
     table: SampleTable
-    seen: dict[bytes, int]
+    seen: dict[bytes, Stretch]
     states: States  # observation.state of an episode: the same numbers may well show the same pictures
 
     @property
@@ -79,12 +81,12 @@ def frame_at(times: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray
 
 
 def open_video_file(
-    subject: Subject, camera: str, place: Place, seen: dict[bytes, int], states: States
+    subject: Subject, camera: str, place: Place, seen: dict[bytes, Stretch], states: States
 ) -> VideoFile | None:
     """None, and remembered, where the file has no table that makes sense."""
     from ...video.mp4 import read_table
 
-    if not place.path.is_file() or place.path.stat().st_size == 0:
+    if not os.path.isfile(place.path) or place.path.stat().st_size == 0:
         return None  # `files_are_there` has said so
     try:
         return VideoFile(subject, camera, place, read_table(place.path), seen, states)
@@ -212,23 +214,55 @@ def info_describes_the_stream(video: VideoFile) -> Findings:
 
 @check("video-repeated", VIDEO, Level.SAMPLED)
 def no_video_serves_two_episodes(video: VideoFile) -> Findings:
-    """Two episodes that begin with the very same samples though their numbers differ."""
+    """Two episodes whose samples are the very same for as long as both last, though their numbers differ."""
     if not video.has_stamps:
         return
-    table, total = video.table, len(video.table.shown)
-    with open(video.place.path, "rb") as file:
-        for e, first, length in zip(video.place.episodes, video.first_frames, video.lengths, strict=True):
-            if length < ENOUGH_SAMPLES or first < 0 or first + length > total:
-                continue
-            samples = table.shown[first : first + ENOUGH_SAMPLES]
-            file.seek(int(table.offsets[samples[0]]))
-            signature = table.sizes[samples].tobytes() + file.read(int(table.sizes[samples[0]]))
-            other = video.seen.setdefault(signature, int(e))
-            if other != e and not _same_start(video.states(other), video.states(int(e))):
-                yield Found(video.where, f"episode {e} shows the video of episode {other}, byte for byte")
+    total = len(video.table.shown)
+    for e, first, length in zip(video.place.episodes, video.first_frames, video.lengths, strict=True):
+        if length < ENOUGH_SAMPLES or first < 0 or first + length > total:
+            continue
+        stretch = Stretch(int(e), video.place.path, video.table, int(first), int(length))
+        if not stretch.varied:
+            continue  # a camera that sees nothing move writes equal samples by nature
+        other = video.seen.setdefault(stretch.signature(ENOUGH_SAMPLES), stretch)
+        frames = min(stretch.length, other.length)
+        same = other is stretch or (
+            frames > 2 * ENOUGH_SAMPLES and stretch.signature(frames) != other.signature(frames)
+        )
+        if not same and not _same_start(video.states(other.episode), video.states(int(e)), frames):
+            yield Found(video.where, f"episode {e} shows the video of episode {other.episode}, byte for byte")
 
 
-def _same_start(a: NDArray[np.float64] | None, b: NDArray[np.float64] | None) -> bool:
+@dataclass(frozen=True)
+class Stretch:
+    """The samples of one episode in a video file, as they are shown."""
+
+    episode: int
+    path: Path
+    table: SampleTable
+    first: int
+    length: int
+
+    @property
+    def varied(self) -> bool:
+        """Whether samples differ in size as those of a moving picture do."""
+        return len(np.unique(self.table.sizes[self._samples(self.length)])) > max(4, self.length // 8)
+
+    def _samples(self, frames: int) -> NDArray[np.int64]:
+        return self.table.shown[self.first : self.first + frames]
+
+    def signature(self, frames: int) -> bytes:
+        """Sizes of the first `frames` samples, and the bytes of the first and the last."""
+        samples = self._samples(frames)
+        found = [self.table.sizes[samples].tobytes()]
+        with open(self.path, "rb") as file:
+            for sample in (samples[0], samples[-1]):
+                file.seek(int(self.table.offsets[sample]))
+                found.append(file.read(int(self.table.sizes[sample])))
+        return b"".join(found)
+
+
+def _same_start(a: NDArray[np.float64] | None, b: NDArray[np.float64] | None, frames: int) -> bool:
     if a is None or b is None:
         return False
-    return np.array_equal(a[:ENOUGH_SAMPLES], b[:ENOUGH_SAMPLES])
+    return np.array_equal(a[:frames], b[:frames])
