@@ -338,7 +338,8 @@ def repeat_dataset(source: Path, target: Path, copies: int) -> None:
 
 def _write_one(job: tuple[Path, int]) -> None:
     from dpipe.streams.dataset import open_dataset
-    from dpipe.streams.shards import FOLDER, ShardOptions, write_part
+    from dpipe.streams.shard_format import FOLDER, ShardOptions
+    from dpipe.streams.shard_writing import write_part
 
     root, number = job
     options = ShardOptions()
@@ -349,7 +350,7 @@ def write_shards_in_processes(root: Path) -> None:
     from multiprocessing import get_context
 
     from dpipe.streams.dataset import open_dataset
-    from dpipe.streams.shards import write_shards
+    from dpipe.streams.shard_writing import write_shards
 
     with get_context("spawn").Pool(CORES) as pool:
         pool.map(_write_one, [(root, number) for number in range(len(open_dataset(root).parts()))])

@@ -1,7 +1,7 @@
 """shards: the dataset again as Parquet made for random reading, frames as JPEG. For any trainer, and for speed.
 
-Its output is files rather than per-frame arrays: `streams/shards.py` has the format and writes it, a part of the
-dataset at a time; the pipeline runs the parts.
+Its output is files rather than per-frame arrays: `streams/shard_format.py` says what lies in them,
+`streams/shard_writing.py` writes them, a part of the dataset at a time; the pipeline runs the parts.
 """
 
 from __future__ import annotations

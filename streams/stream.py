@@ -45,7 +45,8 @@ from .health import Health
 from .order import EpochOrder, MixtureOrder, Shuffle, mixing
 from .remote import Cache, is_url
 from .rows import DatasetRows, Fit, RowReader, SplitRows
-from .shards import FOLDER, ShardRows, check_source, find_shards, open_remote_shards
+from .shard_format import FOLDER
+from .shards import ShardRows, check_source, find_shards, open_remote_shards
 from .targets import Targets, open_targets
 from .windows import Places, Samples
 

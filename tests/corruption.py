@@ -148,7 +148,7 @@ def build(folder: Path, base: str) -> Path:
         if base == "served":
             from dpipe.pipeline.precompute import precompute
             from dpipe.streams.dataset import open_dataset
-            from dpipe.streams.shards import write_shards
+            from dpipe.streams.shard_writing import write_shards
 
             run_convert(raw, root)
             precompute(root, ["tokens"], {"tokens": {"probe": "none"}})

@@ -11,7 +11,9 @@ from dpipe.schemas.errors import Interrupted
 from dpipe.streams.dataset import Dataset, open_dataset
 from dpipe.streams.health import Health
 from dpipe.streams.rows import Fit
-from dpipe.streams.shards import ShardOptions, ShardRows, check_source, encode_frames
+from dpipe.streams.shard_format import ShardOptions
+from dpipe.streams.shard_writing import encode_frames
+from dpipe.streams.shards import ShardRows, check_source
 from dpipe.streams.stream import StreamSpec, open_stream
 from raw_libero import write_suite
 from trees import run_convert, tree_digest

@@ -13,21 +13,16 @@ from dpipe.schemas.errors import DataError, UsageError
 from dpipe.streams.dataset import open_dataset
 from dpipe.streams.health import Health
 from dpipe.streams.rows import Fit
-from dpipe.streams.shards import (
-    GROUP_ROWS,
-    Column,
+from dpipe.streams.shard_format import GROUP_ROWS, Column, ShardOptions, read_values
+from dpipe.streams.shard_writing import (
     PartWriter,
-    ShardOptions,
     ShardPlan,
-    ShardRows,
-    check_source,
     encode_frames,
-    find_shards,
     finish_shards,
-    read_values,
     write_part,
     write_shards,
 )
+from dpipe.streams.shards import ShardRows, check_source, find_shards
 from dpipe.streams.stream import StreamSpec, open_stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -311,7 +306,7 @@ def test_an_interrupted_part_leaves_nothing_that_looks_finished(tmp_path: Path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr("dpipe.streams.shards._commit", fail)
+        broken.setattr("dpipe.streams.shard_writing._commit", fail)
         write_shards(dataset, tmp_path / "out")
     assert not list((tmp_path / "out").glob("part-*"))
     assert not (tmp_path / "out" / "index.json").exists()

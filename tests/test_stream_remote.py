@@ -13,7 +13,8 @@ from dpipe.streams.dataset import open_dataset
 from dpipe.streams.order import Shuffle
 from dpipe.streams.remote import Cache, RemoteFolder
 from dpipe.streams.rows import Fit
-from dpipe.streams.shards import open_remote_shards, write_shards
+from dpipe.streams.shard_writing import write_shards
+from dpipe.streams.shards import open_remote_shards
 from dpipe.streams.stream import StreamSpec, open_stream
 from loopback import serve
 from small_datasets import number_of, write_dataset

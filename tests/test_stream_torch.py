@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dpipe.streams.dataset import open_dataset  # noqa: E402
-from dpipe.streams.shards import write_shards  # noqa: E402
+from dpipe.streams.shard_writing import write_shards  # noqa: E402
 from dpipe.streams.stream import StreamSpec, open_stream  # noqa: E402
 from dpipe.streams.torch_streams import IterableStream  # noqa: E402
 from small_datasets import number_of, write_dataset  # noqa: E402
