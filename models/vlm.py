@@ -17,7 +17,6 @@ are known by name.
 Legend: B batch, N image tokens, P = TEXT_TOKENS, Q vectors added, e width of the language model, d of the policy.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -305,16 +304,16 @@ def _open(folder: Path | None, config: Any) -> Any:
 
     if folder is None or is_blueprint():
         return transformers.AutoModel.from_config(config)
+    said = transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
-    logger = transformers.logging.get_logger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # the language head is not wanted, and that is no news
+    transformers.logging.set_verbosity_error()  # the language head is not wanted, and that is no news
     try:
         model, told = transformers.AutoModel.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     finally:
-        logger.setLevel(level)
+        transformers.logging.set_verbosity(said)
+        transformers.logging.enable_progress_bar()
     missing = sorted(told["missing_keys"]) + sorted(str(key) for key in told["mismatched_keys"])
     if missing:
         raise DataError(

@@ -19,8 +19,8 @@ from dpipe.models.policies import (
     save_policy,
     visible,
 )
+from tiny_backbones import CAMERA, save_act
 
-CAMERA = "observation.images.image"
 NAMES = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 
 
@@ -123,39 +123,7 @@ def test_a_folder_of_the_other_kind_or_none_is_refused(tmp_path):
 def act_folder(tmp_path_factory) -> Path:
     """A tiny ACT of the true architecture, saved by lerobot as its users have it."""
     pytest.importorskip("lerobot")
-    from lerobot.configs.types import FeatureType, PolicyFeature
-    from lerobot.policies.act.configuration_act import ACTConfig
-    from lerobot.policies.act.modeling_act import ACTPolicy
-    from lerobot.policies.factory import make_pre_post_processors
-
-    torch.manual_seed(0)
-    config = ACTConfig(
-        input_features={
-            "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
-            CAMERA: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
-        },
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
-        chunk_size=10,
-        n_action_steps=10,
-        dim_model=32,
-        n_heads=2,
-        dim_feedforward=64,
-        n_encoder_layers=1,
-        n_vae_encoder_layers=1,
-        pretrained_backbone_weights=None,
-        device="cpu",
-    )
-    ones = {"mean": torch.zeros(8), "std": torch.ones(8)}
-    stats = {
-        "observation.state": ones,
-        CAMERA: {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)},
-        "action": {"mean": torch.arange(7.0), "std": torch.full((7,), 2.0)},
-    }
-    before, after = make_pre_post_processors(config, dataset_stats=stats)
-    folder = tmp_path_factory.mktemp("act")
-    for part in (ACTPolicy(config), before, after):
-        part.save_pretrained(folder)
-    return folder
+    return save_act(tmp_path_factory.mktemp("act"))
 
 
 def test_an_act_checkpoint_is_a_teacher_whose_decoder_is_its_last_layer(act_folder, tmp_path):

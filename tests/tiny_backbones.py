@@ -7,6 +7,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+CAMERA = "observation.images.image"
 WORDS = ["<unk>", "<img>", "</img>", "task", "0", "1", "2", "pick", "up", "the", "red", "blue", "cube"]
 IMAGE, BEGIN, END = 60, 61, 62  # Qwen's own marks
 TEXT = {
@@ -60,4 +61,38 @@ def _save(model: transformers.PreTrainedModel, folder: Path) -> Path:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def save_act(folder: Path, state: int = 8, action: int = 7) -> Path:
+    """ACT, saved by lerobot with its processors."""
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.act.modeling_act import ACTPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    torch.manual_seed(0)
+    config = ACTConfig(
+        input_features={
+            "observation.state": PolicyFeature(FeatureType.STATE, (state,)),
+            CAMERA: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (action,))},
+        chunk_size=10,
+        n_action_steps=10,
+        dim_model=32,
+        n_heads=2,
+        dim_feedforward=64,
+        n_encoder_layers=1,
+        n_vae_encoder_layers=1,
+        pretrained_backbone_weights=None,
+        device="cpu",
+    )
+    stats = {
+        "observation.state": {"mean": torch.zeros(state), "std": torch.ones(state)},
+        CAMERA: {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)},
+        "action": {"mean": torch.arange(float(action)), "std": torch.full((action,), 2.0)},
+    }
+    for part in (ACTPolicy(config), *make_pre_post_processors(config, dataset_stats=stats)):
+        part.save_pretrained(folder)
     return folder

@@ -70,7 +70,7 @@ class Config:
     heads: int = 4
     vision: str = "conv"  # conv | vit | hf:<folder>
     vlm: str = ""  # hf:<folder>: System 2 is this vision-language model and its N queries
-    freeze: tuple[str, ...] = ("vision",)  # of pretrained backbones: see models/vlm.py
+    freeze: tuple[str, ...] = ("vision", "merger", "embeddings")  # or llm, llm[:12]: backbones
     lora: int = 0  # rank of the adapters in the VLM's language model; 0: none
     image_size: int = 64
     points: int = 8
@@ -317,9 +317,15 @@ class Features:
 
 
 class DialPolicy:
-    """Foresee, act for `execute` steps, look again."""
+    """Foresee, act for `execute` steps, look again.
 
-    def __init__(self, model: Dial, seed: int = 0) -> None:
+    `foresight`: "imagined", or the control "present", where System 1 is shown the present as if it were the goal.
+    """
+
+    def __init__(self, model: Dial, seed: int = 0, foresight: str = "imagined") -> None:
+        if foresight not in ("imagined", "present"):
+            raise unknown_name("dial foresight", foresight, ("imagined", "present"))
+        self.foresight = foresight
         self.model, self.space = model.eval(), model.space
         arrays = {name: torch.tensor(value) for name, value in model.facts["arrays"].items()}
         self.features = Features(model.facts, arrays)
@@ -338,7 +344,8 @@ class DialPolicy:
                 raw = self.features.of(images[model.facts["camera"]]).to(model.mean.device)
                 present = model.standardise(raw)
             with timed(self.clock["foresee"]):
-                goal = model.imagine(frames, robot, words, present)
+                blind = self.foresight == "present"
+                goal = present if blind else model.imagine(frames, robot, words, present)
             with timed(self.clock["act"]):
                 shape = (len(robot), c.horizon, self.space.action_dim)
                 noise = torch.randn(shape, generator=self.generator).to(robot.device)

@@ -6,6 +6,11 @@ Refiner   its own encoder; H noisy action steps through a diffusion transformer 
           time and, step by step, the intent: the bins' learned codes.
 Between   an intent buffer: one plan serves M refinements, so a step costs T_ref + T_plan / M.
 
+The tiny policy has one pair of eyes for both systems. They also learn to say what the robot's state will be when
+its gripper is next told otherwise: where the hand will take hold, or let go. The answer is in every recording,
+and both systems read it as one more token. Without it a small policy learns when to go down and close long before
+it learns where, and hardly anything from then on [ours].
+
 In training the refiner looks at frame t + m H, m drawn uniformly from 0 .. M - 1, and gets slice m of the plan
 made at t: without it the gap between planning and acting is never trained [ours].
 
@@ -28,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.blocks import Block, DiTBlock, ObservationEncoder, TimeEmbedding
+from ..models.blocks import Block, DiTBlock, ObservationEncoder, StateScale, TimeEmbedding, mlp
 from ..models.diffusion import cosine_schedule, ddim_sample, diffuse
 from ..models.vlm import Vlm, VlmEncoder, words_of
 from ..schemas.errors import unknown_name
@@ -62,10 +67,13 @@ class Config:
     code_width: int = 16
     vision: str = "conv"  # conv | vit | hf:<folder>
     vlm: str = ""  # hf:<folder>: a vision-language model as the planner's encoder
-    freeze: tuple[str, ...] = ("vision",)  # of pretrained backbones: see models/vlm.py
+    freeze: tuple[str, ...] = ("vision",)  # of backbones: vision, merger, embeddings, llm, llm[:12]
     lora: int = 0  # rank of the adapters in the VLM's language model; 0: none
     image_size: int = 64
     points: int = 8
+    eyes: str = "one"  # one encoder for both systems [ours] | two: each has its own (the paper)
+    waypoint: int = 48  # steps ahead within which the next word to the gripper is sought; 0: not at all
+    lambda_waypoint: float = 1.0
     levels: int = 100  # of the noise schedule
     sample_steps: int = 10
     noise_draws: int = 4  # noise levels per observation: the encoder's work is shared among them [ours]
@@ -80,6 +88,7 @@ class Config:
             "phi": ("implicit", "additive"),
             "prediction": ("epsilon", "sample"),
             "intent": ("curriculum", "teacher", "none"),
+            "eyes": ("one", "two"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -125,6 +134,53 @@ class Curriculum:
         return self.switched
 
 
+# -- where the hand goes ----------------------------------------------------------------------------------
+
+WAYPOINT_STRIDE = 4  # steps between the states that the stream shows for it
+
+
+def observed(config: Config) -> tuple[int, ...]:
+    """Frames of which planner and refiner get pictures: H apart."""
+    return tuple(config.chunk * m for m in range(config.slices))
+
+
+def answers(config: Config) -> tuple[int, ...]:
+    """Frames after t of which the waypoint is shown the state."""
+    return tuple(range(WAYPOINT_STRIDE, config.waypoint + 1, WAYPOINT_STRIDE))
+
+
+def states_shown(config: Config) -> tuple[int, ...]:
+    """Both, each once: those observed first."""
+    seen = observed(config)
+    return seen + tuple(offset for offset in answers(config) if offset not in seen)
+
+
+def next_word(grip: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """grip bool [B, W, G]: told to close -> the first step after `start` [B] with a new word, and whether any."""
+    steps = torch.arange(1, grip.shape[1], device=grip.device)
+    new = (grip[:, 1:] != grip[:, :-1]).any(-1) & (steps > start[:, None])
+    return new.int().argmax(1) + 1, new.any(1)
+
+
+class Waypoint(nn.Module):
+    """An encoder's tokens -> the state at the gripper's next word, standardised; and that as a token."""
+
+    def __init__(self, config: Config, space: Space) -> None:
+        super().__init__()
+        tokens = len(space.cameras) * config.points + 2
+        shown = states_shown(config)
+        self.places = [shown.index(offset) for offset in answers(config)]  # among the batch's states
+        self.scale = StateScale(space.state_mean, space.state_std)
+        self.say = mlp(tokens * config.width, config.width, space.state_dim)
+        self.token = mlp(2 * space.state_dim, config.width, config.width)
+
+    def forward(self, seen: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """seen [B, n, d], native state [B, D] -> [B, n + 1, d] and where [B, D]."""
+        where = self.say(seen.flatten(1))
+        token = self.token(torch.cat([where, where - self.scale(state)], dim=-1))
+        return torch.cat([seen, token[:, None]], dim=1), where
+
+
 # -- networks ---------------------------------------------------------------------------------------------
 
 
@@ -141,8 +197,19 @@ def make_encoder(config: Config, space: Space) -> ObservationEncoder:
     )
 
 
+def shares_eyes(config: Config) -> bool:
+    """A vision-language model plans with its own eyes, whatever the refiner has."""
+    return config.eyes == "one" and not config.vlm
+
+
+def seeks_waypoints(config: Config, space: Space) -> bool:
+    """Whether there is a gripper to be told anything, and eyes of our own to look for where."""
+    own = shares_eyes(config) and config.vision == "conv"
+    return own and config.waypoint > 0 and bool(space.grippers) and bool(space.cameras)
+
+
 class Planner(nn.Module):
-    """Observation -> logits [B, L, A, N] over the bins of the next L steps."""
+    """An observation's tokens -> logits [B, L, A, N] over the bins of the next L steps."""
 
     def __init__(self, config: Config, space: Space) -> None:
         super().__init__()
@@ -157,8 +224,7 @@ class Planner(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, space.action_dim * config.bins)
 
-    def forward(self, images: list[Tensor], state: Tensor, text: Tensor) -> Tensor:
-        seen = self.encoder(images, state, text)
+    def forward(self, seen: Tensor) -> Tensor:
         tokens = torch.cat([self.queries.expand(len(seen), -1, -1), seen], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
@@ -189,7 +255,7 @@ class Refiner(nn.Module):
     def __init__(self, config: Config, space: Space) -> None:
         super().__init__()
         self.config = config
-        self.encoder = make_encoder(config, space)
+        self.encoder = None if shares_eyes(config) else make_encoder(config, space)
         self.intent = Intent(config, space.action_dim)
         self.enter = nn.Linear(space.action_dim, config.width)
         self.place = nn.Parameter(torch.randn(config.chunk, config.width) * 0.02)
@@ -230,6 +296,7 @@ class Libra(nn.Module):
         super().__init__()
         self.config, self.space = config, space
         self.planner, self.refiner = Planner(config, space), Refiner(config, space)
+        self.waypoint = Waypoint(config, space) if seeks_waypoints(config, space) else None
         self.register_buffer("schedule", cosine_schedule(config.levels), persistent=False)
         self.curriculum = Curriculum(config.tau, config.min_steps, 0)
         self.balance = _Balance()
@@ -237,14 +304,17 @@ class Libra(nn.Module):
     # training
 
     def forward(self, batch: Mapping[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch` as `space.to_tensors` gives it, with F = M observed frames H apart, L actions and tokens."""
+        """`batch` as `space.to_tensors` gives it: M observed frames H apart, L tokens, and L actions or more."""
         c = self.config
-        is_pad = batch["is_pad"] | batch["tokens_is_pad"] if "tokens_is_pad" in batch else batch["is_pad"]
+        steps = slice(c.plan_steps)
+        is_pad = batch["is_pad"][:, steps]
+        if "tokens_is_pad" in batch:
+            is_pad = is_pad | batch["tokens_is_pad"]
         valid = valid_steps(is_pad, batch["dims"]) & (batch["tokens"] < c.bins)
         bins = batch["tokens"].clamp(max=c.bins)
-        logits = self.planner(
-            [frames[:, 0] for frames in batch["images"]], batch["state"][:, 0], batch["text"]
-        )
+        part = draws.integers(c.slices)
+        to_plan, to_refine, waypoint_loss = self._look(batch, part)
+        logits = self.planner(to_plan)
         entropy = F.cross_entropy(
             logits.flatten(0, 2), bins.clamp(max=c.bins - 1).flatten(), reduction="none"
         )
@@ -254,24 +324,53 @@ class Libra(nn.Module):
         given = bins
         if self.curriculum.switched and c.intent == "curriculum":
             given = sample_bins(logits.detach(), draws.uniform(c.plan_steps, self.space.action_dim))
-        part = draws.integers(c.slices)
-        diff_loss = self._diffusion_loss(batch, valid, given, part, draws)
+        diff_loss = self._diffusion_loss(to_refine, batch["action"][:, steps], valid, given, part, draws)
 
         weight = c.lambda_plan or self.balance.weight
         loss = c.lambda_diff * diff_loss + weight * plan_loss
-        return loss, {"diffusion": diff_loss.detach(), "plan": plan_loss.detach(), "accuracy": right}
+        told = {"diffusion": diff_loss.detach(), "plan": plan_loss.detach(), "accuracy": right}
+        if waypoint_loss is not None:
+            loss = loss + c.lambda_waypoint * waypoint_loss
+            told["waypoint"] = waypoint_loss.detach()
+        return loss, told
+
+    def _look(self, batch: Mapping[str, Any], part: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the planner sees at t and the refiner at t + part * H, [B, n, d] each; the waypoint's loss."""
+        rows, text = torch.arange(len(part), device=part.device), batch["text"]
+        first = [frames[:, 0] for frames in batch["images"]], batch["state"][:, 0]
+        later = [frames[rows, part] for frames in batch["images"]], batch["state"][rows, part]
+        if self.refiner.encoder is not None:
+            return self.planner.encoder(*first, text), self.refiner.encoder(*later, text), None
+        images = [torch.cat(pair) for pair in zip(first[0], later[0], strict=True)]
+        state = torch.cat([first[1], later[1]])
+        seen = self.planner.encoder(images, state, torch.cat([text, text]))
+        loss = None
+        if self.waypoint is not None:
+            seen, where = self.waypoint(seen, state)
+            start = torch.cat([torch.zeros_like(part), part * self.config.chunk])
+            loss = self._waypoint_loss(batch, where, start)
+        to_plan, to_refine = seen.chunk(2)
+        return to_plan, to_refine, loss
+
+    def _waypoint_loss(self, batch: Mapping[str, Any], where: Tensor, start: Tensor) -> Tensor:
+        """`where` [2 B, D] said at frames t + start [2 B], against the state shown at or just after the word."""
+        assert self.waypoint is not None
+        grip = batch["action"][..., list(self.space.grippers)] > 0
+        step, found = next_word(torch.cat([grip, grip]), start)
+        shown = batch["state"][:, self.waypoint.places]  # every WAYPOINT_STRIDE frames after t
+        at = ((step - 1) // WAYPOINT_STRIDE).clamp(max=shown.shape[1] - 1)
+        rows = torch.arange(len(shown), device=step.device).repeat(2)
+        wanted = self.waypoint.scale(shown[rows, at])
+        return masked_mean(F.smooth_l1_loss(where, wanted, reduction="none"), found[:, None])
 
     def _diffusion_loss(
-        self, batch: Mapping[str, Any], valid: Tensor, bins: Tensor, part: Tensor, draws: Draws
+        self, seen: Tensor, action: Tensor, valid: Tensor, bins: Tensor, part: Tensor, draws: Draws
     ) -> Tensor:
-        """Loss of the refiner at frame t + part * H, over that slice of the chunk."""
+        """Loss of the refiner, which sees frame t + part * H, over that slice of the chunk."""
         c, refiner = self.config, self.refiner
         rows = torch.arange(len(part), device=part.device)
-        seen = refiner.encoder(
-            [frames[rows, part] for frames in batch["images"]], batch["state"][rows, part], batch["text"]
-        )
         steps = part[:, None] * c.chunk + torch.arange(c.chunk, device=part.device)  # [B, H]
-        action, bins, valid = (x[rows[:, None], steps] for x in (batch["action"], bins, valid))
+        action, bins, valid = (x[rows[:, None], steps] for x in (action, bins, valid))
         target = action
         if c.phi == "additive":
             residual = c.bins * (action.clamp(-1, 1) - bin_centre(bins, c.bins))
@@ -313,10 +412,17 @@ class Libra(nn.Module):
 
     # acting
 
+    def look(self, images: list[Tensor], state: Tensor, text: Tensor, refining: bool) -> Tensor:
+        """One moment as the planner or the refiner sees it."""
+        if refining and self.refiner.encoder is not None:
+            return self.refiner.encoder(images, state, text)
+        seen = self.planner.encoder(images, state, text)
+        return seen if self.waypoint is None else self.waypoint(seen, state)[0]
+
     @torch.no_grad()
     def plan(self, images: list[Tensor], state: Tensor, text: Tensor) -> Tensor:
         """One moment -> the likeliest bins of the next L steps, [B, L, A]."""
-        return self.planner(images, state, text).argmax(-1)
+        return self.planner(self.look(images, state, text, refining=False)).argmax(-1)
 
     @torch.no_grad()
     def refine(
@@ -324,7 +430,7 @@ class Libra(nn.Module):
     ) -> Tensor:
         """One moment and H rows of the plan -> normalised action [B, H, A] from `noise` [B, H, A]."""
         c, refiner = self.config, self.refiner
-        seen = refiner.encoder(images, state, text)
+        seen = self.look(images, state, text, refining=True)
         intent = None if c.intent == "none" else refiner.intent(bins)
         additive = c.phi == "additive"
         out = ddim_sample(
@@ -440,14 +546,18 @@ class LibraPolicy:
 
 
 def _spec(config: Config, space: Space, facts: Mapping[str, Any]) -> StreamSpec:
-    """M observed frames H apart (frame 0 plans, each may refine), L actions."""
-    offsets = tuple(config.chunk * m for m in range(config.slices))
+    """M observed frames H apart (frame 0 plans, each may refine), L actions; more of both for the waypoint."""
+    at, actions = {}, config.plan_steps
+    if seeks_waypoints(config, space):
+        at = {STATE: states_shown(config)}
+        actions = max(actions, config.waypoint + 1)
     size = (config.image_size, config.image_size)
     return StreamSpec(
         columns=(STATE,),
         cameras=space.cameras,
-        offsets=offsets,
-        chunks={"action": config.plan_steps},
+        offsets=observed(config),
+        at=at,
+        chunks={"action": actions},
         size=size,
     )
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models.vlm import checkpoint_digests, words_of
 from ..schemas.contract import plain
 from ..schemas.errors import DataError, UsageError
 from ..schemas.normalisers import DEFAULT_MODE, Normaliser, make_normaliser
@@ -29,11 +30,22 @@ from ..streams.dataset import Dataset, contents_digest, open_dataset
 from ..streams.stream import open_stream
 from ..streams.targets import Targets, open_targets
 from . import open_recipe
-from .loop import Options, Phase, Say, fit, load_checkpoint, make_accelerator, write_atomically
+from .loop import (
+    Options,
+    Phase,
+    Say,
+    fit,
+    load_checkpoint,
+    load_own_state,
+    make_accelerator,
+    write_atomically,
+)
+from .presets import preset_of
 from .recipe import Recipe, TargetFolder, resolve
 from .space import IMAGE, STATE, Space, to_tensors
 
 RESULT_VERSION = 1
+TASKS_KEPT = 100  # instructions kept in config.json
 
 
 @dataclass(frozen=True)
@@ -66,46 +78,26 @@ def train(
     frames: str = "auto",
     say: Say = print,
     stop_after: int | None = None,
+    preset: str = "",
+    track: Sequence[str] = (),
 ) -> Result:
     """Train `recipe` on a dataset; see the module text for what lies in `run_dir` afterwards.
 
-    `config` and `options` override the recipe's `Config` and the loop's `Options` by name (values or words).
+    `config` and `options` override the recipe's `Config` and the loop's `Options` by name (values or words), and
+    both go before a `preset`'s (`presets.py`).
     `targets` is the folder of targets where it is not the dataset's own; `frames` as for `open_stream`.
-    `stop_after` leaves after so many steps of this call, with `Interrupted`.
+    `stop_after` leaves after so many steps of this call, with `Interrupted`. `track`: see `track.py`.
     """
-    made = open_recipe(recipe)
-    resolved = resolve(recipe, made.config, config or {})
-    chosen = resolve("train", Options, {**_given(made.options), **(options or {})})
-    steps = steps or made.steps
+    made, named = open_recipe(recipe), preset_of(recipe, preset)
+    resolved = resolve(recipe, made.config, {**named.config, **(config or {})})
+    chosen = resolve("train", Options, {**given(made.options), **named.options, **(options or {})})
     dataset = open_dataset(dataset_root)
     supervision = _targets(made, resolved, dataset, targets)
     folders = target_folders(supervision)
     space = space_of(dataset, folders)
     facts = made.facts(resolved, folders)
-    terms = {
-        "recipe": recipe,
-        "steps": steps,
-        "config": dataclasses.asdict(resolved),
-        "options": dataclasses.asdict(chosen),
-        "split": split,
-        "dataset": dataset_digest(dataset),
-        "targets": {name: contract.digest for name, contract in supervision.contracts.items()},
-        "space": space.to_json(),
-        "facts": facts,
-    }
-    accelerator = make_accelerator(chosen)
-    _settle_terms(run_dir, terms, dataset, supervision, accelerator.is_main_process)
-    done = finished(run_dir)
-    if done is not None:
-        return done
-
-    torch.manual_seed(chosen.seed)
-    model = made.build(resolved, space, facts)
-    made.start(model, folders)
     spec = made.spec(resolved, space, facts)
     episodes = _episodes(made, resolved, dataset, split)
-    resumed = load_checkpoint(run_dir / "checkpoints") is not None
-    begin = time.monotonic()
 
     def open_batches(phase: Phase, rank: int, world: int) -> "SupervisedBatches":
         share = chosen.batch_size // (world * chosen.accumulate)
@@ -125,25 +117,96 @@ def train(
             lambda index: made.join(resolved, supervision, index) if supervision.names else {},
         )
 
+    whole = Made(
+        recipe=made,
+        config=resolved,
+        options=chosen,
+        steps=steps or named.steps or made.steps,
+        space=space,
+        facts=facts,
+        start=folders,
+        open_batches=open_batches,
+        terms={
+            "split": split,
+            "dataset": dataset_digest(dataset),
+            "targets": {name: contract.digest for name, contract in supervision.contracts.items()},
+        },
+        provenance={
+            "dataset_root": str(dataset.root),
+            "tasks": dataset.tasks[:TASKS_KEPT],  # for whoever must know what the policy was told
+            "contracts": {name: contract.to_json() for name, contract in supervision.contracts.items()},
+        },
+    )
+    return carry_out(whole, run_dir, say, stop_after, track)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run before its first step: the recipe and its settings, what it learns from, what is recorded of both."""
+
+    recipe: Recipe
+    config: Any
+    options: Options
+    steps: int
+    space: Space
+    facts: Mapping[str, Any]
+    start: Mapping[str, TargetFolder]
+    open_batches: Callable[[Phase, int, int], "SupervisedBatches"]
+    terms: Mapping[str, Any]  # of the data; those of the recipe are added
+    provenance: Mapping[str, Any]
+
+
+def carry_out(
+    made: Made,
+    run_dir: Path,
+    say: Say = print,
+    stop_after: int | None = None,
+    track: Sequence[str] = (),
+) -> Result:
+    """Train what was made ready, or find it trained; the run's files are written here."""
+    terms = {
+        "recipe": made.recipe.name,
+        "steps": made.steps,
+        "config": dataclasses.asdict(made.config),
+        "options": dataclasses.asdict(made.options),
+        "space": made.space.to_json(),
+        "facts": made.facts,
+        **made.terms,
+    }
+    if backbones := checkpoint_digests(terms["config"]):
+        terms["backbones"] = backbones
+    accelerator = make_accelerator(made.options)
+    _settle_terms(run_dir, terms, made.provenance, accelerator.is_main_process)
+    done = finished(run_dir)
+    if done is not None:
+        return done
+
+    torch.manual_seed(made.options.seed)
+    model = made.recipe.build(made.config, made.space, made.facts)
+    made.recipe.start(model, made.start)
+    words = words_of(model)
+    resumed = load_checkpoint(run_dir / "checkpoints") is not None
+    begin = time.monotonic()
     metrics = fit(
         model,
-        open_batches,
-        made.phases(resolved, steps),
-        chosen,
+        made.open_batches,
+        made.recipe.phases(made.config, made.steps),
+        made.options,
         run_dir,
-        lambda batch, device: to_tensors(batch, space, device),
+        lambda batch, device: to_tensors(batch, made.space, device, words),
         say,
         accelerator,
         stop_after,
+        track,
     )
     saved = load_checkpoint(run_dir / "checkpoints")
     assert saved is not None
     if accelerator.is_main_process:
-        made.finish(open_run(run_dir).model, run_dir, plain(terms))
+        made.recipe.finish(open_run(run_dir).model, run_dir, plain(terms))
         result = {
             "dpipe": RESULT_VERSION,
-            "recipe": recipe,
-            "steps": steps,
+            "recipe": made.recipe.name,
+            "steps": made.steps,
             "metrics": metrics or _last_metrics(run_dir),
             "checkpoint": saved.folder.name,
             "seconds": round(time.monotonic() - begin, 1),
@@ -164,6 +227,10 @@ class SupervisedBatches:
     def __next__(self) -> dict[str, Any]:
         batch = next(self._batches)
         return {**batch, **self._targets(batch["index"])}
+
+    def health(self) -> dict[str, float]:
+        """What the stream did since the last reading: see `streams/health.py`."""
+        return self._batches.health.read()
 
     def state_dict(self) -> dict[str, Any]:
         return self._batches.state_dict()
@@ -254,9 +321,7 @@ def dataset_digest(dataset: Dataset) -> dict[str, Any]:
     return {"name": dataset.name, "episodes": len(dataset), "frames": dataset.total_frames, "digest": digest}
 
 
-def _settle_terms(
-    run_dir: Path, terms: Mapping[str, Any], dataset: Dataset, targets: Targets, main: bool
-) -> None:
+def _settle_terms(run_dir: Path, terms: Mapping[str, Any], provenance: Mapping[str, Any], main: bool) -> None:
     """Write config.json, or hold what is there to the same terms."""
     path = run_dir / "config.json"
     terms = plain(terms)
@@ -272,15 +337,14 @@ def _settle_terms(
     if not main:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    provenance = {
+    record = {
         "terms": terms,
-        "dataset_root": str(dataset.root),
-        "contracts": {name: contract.to_json() for name, contract in targets.contracts.items()},
+        **provenance,
         "commit": git_commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    write_atomically(path, json.dumps(plain(provenance), indent=1) + "\n")
+    write_atomically(path, json.dumps(plain(record), indent=1) + "\n")
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
@@ -294,7 +358,7 @@ def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
     return [] if found == wanted else [f"{name}: {found} there, {wanted} now"]
 
 
-def _given(options: Options) -> dict[str, Any]:
+def given(options: Options) -> dict[str, Any]:
     return {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(options)}
 
 
@@ -362,10 +426,15 @@ def open_run(run_dir: Path, device: str = "cpu", averaged: bool = True) -> Train
     recipe = open_recipe(terms["recipe"])
     config = resolve(terms["recipe"], recipe.config, terms["config"])
     space = Space.from_json(terms["space"])
+    if checkpoint_digests(terms["config"]) != terms.get("backbones", {}):
+        raise DataError(
+            f"a pretrained backbone of {run_dir} is no longer the one it was trained with\n"
+            f"  {', '.join(terms.get('backbones', {}))}: the digest of its weights differs"
+        )
     model = recipe.build(config, space, terms["facts"])
     average = saved.folder / "ema.safetensors"
     weights = average if averaged and average.is_file() else saved.folder / "model.safetensors"
-    model.load_state_dict(load_file(weights))
+    load_own_state(model, load_file(weights), weights)
     if hasattr(model, "restore"):
         model.restore(saved.state["progress"])
     return Trained(recipe, config, space, terms["facts"], model.to(device).eval(), provenance, saved.step)

@@ -56,7 +56,7 @@ class Config:
     heads: int = 4
     vision: str = "conv"  # conv | vit | hf:<folder>
     vlm: str = ""  # hf:<folder>: the student is this vision-language model, frozen in stage 1
-    freeze: tuple[str, ...] = ("vision",)  # of pretrained backbones: see models/vlm.py
+    freeze: tuple[str, ...] = ("vision",)  # of backbones: vision, merger, embeddings, llm, llm[:12]
     lora: int = 0  # rank of the adapters in the VLM's language model; 0: none
     image_size: int = 64
     points: int = 8
