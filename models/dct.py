@@ -122,7 +122,9 @@ class DctTower:
         table = np.zeros((part.shape[0], GRID, GRID, size, size))
         u, v = np.array(chosen).T
         table[..., u, v] = part.reshape(part.shape[0], GRID, GRID, -1)
-        return np.einsum("bghuv,guy,hvx->byx", table, _samples(height, size), _samples(width, size))
+        planes = table.transpose(0, 1, 3, 2, 4).reshape(-1, GRID * size, GRID * size)
+        rows, columns = (_samples(n, size).reshape(GRID * size, n) for n in (height, width))
+        return rows.T @ planes @ columns
 
 
 def _samples(pixels: int, size: int) -> NDArray[np.float64]:

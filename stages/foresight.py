@@ -53,6 +53,7 @@ from .compress import (
 PLAIN_PILOT = 32  # pairs of frames when nothing has to be fitted
 FITTED_PILOT = 500  # pairs of frames for scales and directions: 1,000 frames
 REPORT_ROWS = 2048
+PICTURE_SIDE = 320  # pixels of a frame's longer side in the report's picture
 VIEWS = ("identity", "flip")
 
 
@@ -425,12 +426,15 @@ def _picture(
     from PIL import Image
 
     camera, grid = prepared.facts["camera"], tuple(prepared.facts["grid"])
+    height, width = dataset.info.cameras[camera]
+    shrink = min(1.0, PICTURE_SIDE / max(height, width))
+    size = (round(height * shrink), round(width * shrink)) if shrink < 1 else None
     columns = []
     for position in np.linspace(0, len(dataset) - 1, min(4, len(dataset))).astype(int):
         episode = dataset.episode(int(position))
         t = max(0, episode.frames // 2 - params.at // 2)
         rows = np.unique([t, min(t + params.at, episode.frames - 1)])
-        frames = crop_frames(np.concatenate(list(episode.images(camera, rows, 2))), params.crop)
+        frames = crop_frames(np.concatenate(list(episode.images(camera, rows, 2, size))), params.crop)
         features = code.restore(code.store(code.project(tower.encode(frames)[0], grid)), grid)
         seen = tower.decode(features, *frames.shape[1:3])
         columns += [np.concatenate([frames[i], seen[i]]) for i in range(len(rows))]
