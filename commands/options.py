@@ -46,7 +46,10 @@ def _run_options() -> list[Callable[..., Any]]:
         click.option(
             "--workers", type=click.IntRange(0), help="Processes; 0 runs in this one.  [number of cores]"
         ),
-        click.option("--scheduler", help="Address of a running Dask scheduler, tcp://host:port."),
+        click.option(
+            "--scheduler",
+            help="A running Dask scheduler, tcp://host:port; or cluster: jobs by [cluster] of dpipe.toml.",
+        ),
         click.option(
             "--where", help="SQL condition over episodes, e.g. \"frames > 50 AND split = 'train'\"."
         ),
@@ -120,6 +123,13 @@ def open_space(folder: Path | None) -> Workspace:
     from ..pipeline.workspace import open_workspace
 
     return open_workspace(folder)
+
+
+def find_scheduler(space: Workspace, word: str | None) -> str | None:
+    """What `--scheduler` stands for in this workspace."""
+    from ..pipeline.cluster import scheduler_of
+
+    return scheduler_of(word, space.settings) if word else None
 
 
 def show_progress(as_json: bool) -> Progress:

@@ -14,6 +14,7 @@ from .options import (
     agree_to,
     answer,
     count_workers,
+    find_scheduler,
     open_space,
     options_of,
     running,
@@ -99,6 +100,7 @@ def precompute(
     from ..stages import load_stage
 
     space = open_space(workspace)
+    scheduler = find_scheduler(space, scheduler)
     if not stages:
         _list_stages(space, datasets, out, as_json)
         return

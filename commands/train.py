@@ -14,7 +14,16 @@ import click
 from ..schemas.errors import UsageError
 from .convert import default_request
 from .datasets import find_datasets, targets_folder, unmade_sources
-from .options import answer, count_workers, open_space, options_of, running, show_plan, show_progress
+from .options import (
+    answer,
+    count_workers,
+    find_scheduler,
+    open_space,
+    options_of,
+    running,
+    show_plan,
+    show_progress,
+)
 from .precompute import make_targets, plan_dataset, plan_missing
 
 if TYPE_CHECKING:
@@ -104,6 +113,7 @@ def train(
     if recipe not in RECIPES:
         open_recipe(recipe)
     space = open_space(workspace)
+    scheduler = find_scheduler(space, scheduler)
     settings = space.settings.get("train", {}).get(recipe, {})
     named = datasets or tuple(settings.get("datasets", ()))
     if mix is not None:

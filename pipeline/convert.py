@@ -22,8 +22,16 @@ from ..converters import Converter, load_converter
 from ..schemas.episode import Dropped, Embodiment, EpisodeRef
 from ..schemas.errors import DataError, UsageError
 from .catalog import Catalog, Refs, build_catalog, select
-from .durable import exclusive, remove_temporaries, require_space, write_json
-from .execute import Executor, Failure, Task, open_executor, stop_requests
+from .durable import (
+    FULL,
+    exclusive,
+    full_disk,
+    full_disk_as_message,
+    remove_temporaries,
+    require_space,
+    write_json,
+)
+from .execute import READ_ERRORS, Executor, Failure, Task, open_executor, stop_requests
 from .finish import FinishResult, finish, recover
 from .payload import (
     EpisodeJob,
@@ -178,6 +186,7 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
         exclusive(journal, f"convert {converter.name}", share=request.share),
         stop_requests(request.max_time_s) as stop,
         _Lazy(stop, request) as executors,
+        full_disk_as_message(request.out),
     ):
         recover(request.out)
         embodiment = converter.embodiment_of(request.raw, request.options, request.variant)
@@ -502,6 +511,7 @@ def _run(
     numbers = _provisional_numbers(work, refs)
     progress.begin(f"convert {converter.name}", len(work.todo))
     cameras = next((tuple(c.key for c in cameras) for cameras, _, _ in refs.camera_sets()), None)
+    unread: dict[str, str] = {}
 
     def mux(part: int) -> None:
         ids = work.parts[part]
@@ -537,7 +547,7 @@ def _run(
     for (kind, name), outcome in executor.results(episodes()):
         if kind == "part":
             if isinstance(outcome, Failure):
-                raise DataError(f"part {name}: {outcome.message}")
+                raise DataError(_stopped(request, f"part {name}", outcome))
             # Its receipt is durable: the spool files may go, unless shards are still to be made of them.
             for source_id in work.parts[name] if request.shards is None else ():
                 _spool_path(journal, source_id, name).unlink(missing_ok=True)
@@ -545,8 +555,11 @@ def _run(
         row, part = name
         if isinstance(outcome, Failure):
             ref = refs[row]
+            if isinstance(outcome.error, OSError) and outcome.error.errno in READ_ERRORS:
+                unread[ref.source_id] = outcome.message  # the others first; its part waits
+                continue
             if not outcome.killed_workers:
-                raise DataError(f"episode {ref.source_id}: {outcome.message}")
+                raise DataError(_stopped(request, f"episode {ref.source_id}", outcome))
             _record_lost(
                 _spool_path(journal, ref.source_id, part), ref, _key(base, ref.source_id), outcome.message
             )
@@ -556,6 +569,19 @@ def _run(
         if not missing[part]:
             mux(part)
     progress.end()
+    if unread:
+        listed = "".join(f"\n    {source_id}: {why}" for source_id, why in list(unread.items())[:10])
+        raise DataError(
+            f"{len(unread)} episodes could not be read{listed}\n"
+            "  Everything else is done: run the same command again once the disk answers. What stays unreadable "
+            "is left out when its files are moved away."
+        )
+
+
+def _stopped(request: ConvertRequest, what: str, failure: Failure) -> str:
+    if isinstance(failure.error, OSError) and failure.error.errno in FULL:
+        return full_disk(request.out)
+    return f"{what}: {failure.message}"
 
 
 def _record_lost(path: Path, ref: EpisodeRef, key: str, reason: str) -> None:

@@ -6,6 +6,7 @@ Every byte dpipe keeps goes through `write_file` or `commit`, so that fault inje
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 from ..schemas.errors import DataError
 
 TEMPORARY = ".tmp"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _no_fault(name: str) -> None:
@@ -82,6 +84,24 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def full_disk_as_message(folder: Path) -> Iterator[None]:
+    """A disk that fills up while we write is one message; what is durable stays, and the same command goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(full_disk(folder)) from error
+
+
+def full_disk(folder: Path) -> str:
+    return (
+        f"the disk of {folder} is full\n"
+        "  What is finished is kept: free some space, then run the same command again."
+    )
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Refuse work that cannot fit the disk, before it starts, with the numbers."""
     existing = folder
@@ -127,7 +147,7 @@ def exclusive(
                 if owner is None and not path.exists():
                     continue  # released between our two looks
                 raise _held(folder, path, owner or {}) from None
-            path.unlink(missing_ok=True)
+            _take_away(path, owner)
     with os.fdopen(descriptor, "w") as file:
         json.dump(mine, file)
     released = threading.Event()
@@ -172,6 +192,34 @@ def _is_abandoned(path: Path, owner: dict[str, Any], stale_s: float) -> bool:
             return False
         return False
     try:
-        return time.time() - path.stat().st_mtime > stale_s
+        held = path.stat().st_mtime
+        age = _now(path.parent) - held
+        if age >= -stale_s:
+            return age > stale_s
+        # A lock from the future: the clock was set back. A living owner refreshes it soon.
+        time.sleep(stale_s / 5)
+        return path.stat().st_mtime == held
     except OSError:
         return False
+
+
+def _now(folder: Path) -> float:
+    """The time as the folder's own file server has it: clocks of two hosts may differ by more than a lock's age."""
+    probe = folder / f".now.{socket.gethostname()}.{os.getpid()}{TEMPORARY}"
+    probe.touch()
+    now = probe.stat().st_mtime
+    probe.unlink(missing_ok=True)
+    return now
+
+
+def _take_away(path: Path, owner: dict[str, Any]) -> None:
+    """Remove an abandoned lock, unless another run was faster and this is already its own."""
+    taken = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        path.rename(taken)
+    except FileNotFoundError:
+        return
+    if _lock_owner(taken) != owner and not path.exists():
+        taken.rename(path)
+        return
+    taken.unlink(missing_ok=True)

@@ -7,6 +7,8 @@ depend on it.
 
 from __future__ import annotations
 
+import errno
+import os
 import queue
 import signal
 import threading
@@ -17,13 +19,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..schemas.errors import DpipeError, Interrupted, UsageError
+from ..schemas.errors import DataError, DpipeError, Interrupted, UsageError
+from .durable import FULL
 
 DRAIN_S = 50.0  # a stop request waits this long for tasks under way; the promise to the outside is 60 s
 IN_FLIGHT_PER_WORKER = 4  # enough to hide the scheduler's latency, few enough to stop soon
+CLUSTER = "cluster:"  # in the place of an address: settings of jobs to start, see cluster.py
 FAILURES_ALLOWED = 2  # a task that takes a third worker down with it is given up
 
 
+READ_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV)  # the disk's, not the file's
 Task = tuple[Any, Callable[..., Any], tuple[Any, ...]]  # key, function, arguments
 
 
@@ -141,7 +146,12 @@ class DaskExecutor(Executor):
                 "distributed.comm.retry.count": 3,
             }
         )
-        if self.scheduler:
+        if self.scheduler and self.scheduler.startswith(CLUSTER):
+            from .cluster import open_cluster
+
+            self.cluster, self.workers = open_cluster(self.scheduler)
+            self.client = Client(self.cluster, set_as_default=False)
+        elif self.scheduler:
             try:
                 self.client = Client(self.scheduler, timeout="15s", set_as_default=False)
             except (OSError, TimeoutError) as error:
@@ -168,10 +178,11 @@ class DaskExecutor(Executor):
 
     @property
     def description(self) -> str:
-        where = self.scheduler or "local cluster"
+        where = "local cluster" if self.scheduler is None else self.scheduler.partition(":{")[0]
         return f"{self.workers} workers ({where}), dashboard {self.client.dashboard_link}"
 
     def results(self, tasks: Iterable[Task] = ()) -> Iterator[tuple[Any, Any]]:
+        from distributed import CancelledError
         from distributed.scheduler import KilledWorker
 
         more = iter(tasks)
@@ -203,6 +214,11 @@ class DaskExecutor(Executor):
             key = running.pop(future)
             try:
                 result = future.result()
+            except CancelledError as error:
+                raise DataError(
+                    f"the Dask scheduler {self.scheduler or 'of this run'} went away\n"
+                    "  What is finished is kept: start it again, then run the same command again."
+                ) from error
             except KilledWorker:
                 result = Failure(f"took {FAILURES_ALLOWED + 1} workers down, one after the other", True)
             except Exception as error:  # noqa: BLE001 - the scheduler's own failures are the task's outcome
@@ -217,10 +233,24 @@ def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return function(*args)
     except DpipeError as error:
         return Failure(str(error))
+    except OSError as error:
+        if told := disk_trouble(error):
+            return Failure(told, error=error)
+        return Failure(f"{type(error).__name__}: {error}", error=error)
     except Exception as error:  # noqa: BLE001 - one task's bug must not end the others
         import traceback
 
         return Failure(f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}", error=error)
+
+
+def disk_trouble(error: OSError) -> str:
+    """What is wrong with a disk, in words; "" for errors of other kinds."""
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in FULL:
+        return f"the disk is full{where}"
+    if error.errno in READ_ERRORS:
+        return f"the disk cannot be read ({os.strerror(error.errno or 0)}){where}"
+    return ""
 
 
 def open_executor(stop: StopRequest, workers: int, scheduler: str | None) -> Executor:

@@ -47,7 +47,16 @@ from ..stages import (
 from ..streams.arrays import ArrayWriter, open_array, write_group
 from ..streams.dataset import Dataset, contents_digest, open_dataset
 from ..streams.targets import pixel_identity
-from .durable import exclusive, remove_temporaries, require_space, temporary_name, write_file, write_json
+from .durable import (
+    FULL,
+    exclusive,
+    full_disk,
+    remove_temporaries,
+    require_space,
+    temporary_name,
+    write_file,
+    write_json,
+)
 from .execute import Failure, open_executor, stop_requests
 from .progress import Progress
 
@@ -793,6 +802,8 @@ def _with_copies(job: PartJob, copies: Mapping[str, Any], level: int | None) -> 
 
 
 def _failed(stage: str, job: PartJob, failure: Failure) -> Exception:
+    if isinstance(failure.error, OSError) and failure.error.errno in FULL:
+        return DataError(full_disk(job.folder))
     if failure.error is not None:
         return failure.error if isinstance(failure.error, Exception) else RuntimeError(failure.message)
     return DataError(

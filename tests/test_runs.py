@@ -124,53 +124,6 @@ def test_sigterm_drains_exits_75_and_the_rerun_gives_the_same_bytes(tmp_path: Pa
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_two_dask_workers_started_by_hand_do_a_conversion(tmp_path: Path):
-    write_suite(tmp_path / "raw", demos=4)
-    run_convert(tmp_path / "raw", tmp_path / "here", part_frames=25)
-    scheduler_file = tmp_path / "scheduler.json"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
-    python = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
-    started = [
-        subprocess.Popen(
-            [
-                *python,
-                "--host",
-                "127.0.0.1",
-                "--port",
-                "0",
-                "--no-dashboard",
-                "--scheduler-file",
-                scheduler_file,
-            ],
-            **quiet,
-        )
-    ]
-    try:
-        deadline = time.monotonic() + 60
-        while not scheduler_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(0.2)
-        address = json.loads(scheduler_file.read_text())["address"]
-        for _ in range(2):
-            worker = [
-                sys.executable,
-                "-m",
-                "distributed.cli.dask_worker",
-                address,
-                "--nthreads",
-                "1",
-                "--no-dashboard",
-            ]
-            started.append(subprocess.Popen([*worker, "--host", "127.0.0.1"], **quiet))
-        run_convert(tmp_path / "raw", tmp_path / "there", part_frames=25, scheduler=address)
-    finally:
-        for process in reversed(started):
-            process.terminate()
-            process.wait(20)
-    assert tree_digest(tmp_path / "there") == tree_digest(tmp_path / "here")
-
-
 def test_the_command_line_says_what_was_made_and_what_was_left_out(tmp_path: Path):
     bad = demo_arrays(13, 1)
     bad["actions"][4, 0] = 2.0

@@ -1,0 +1,130 @@
+"""What dpipe adds to the work proper: everything of a conversion that is not reading, decoding or encoding.
+
+    python bench/overhead.py [--steps 20000] [--codec h264]
+
+The LIBERO sample, repeated by link to 20,000 steps, is converted in one process with a clock around every call
+that reads the raw files or drives the encoder. What remains of the wall time is overhead: scan, hashes, picture
+statistics, spool files, muxing, tables, syncs. A conversion of one copy comes first, so that start-up and imports
+are not counted. Then the same command again as its user types it, with nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from convert_libero import make_raw
+from measure import Goal, Rounds, report
+
+
+class Clock:
+    """Seconds spent inside of wrapped functions; a call within another is counted once."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.inside = False
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*words: Any, **more: Any) -> Any:
+            if self.inside:
+                return function(*words, **more)
+            self.inside, started = True, time.perf_counter()
+            try:
+                return function(*words, **more)
+            finally:
+                self.inside = False
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+        return timed
+
+
+@contextmanager
+def clocked(clock: Clock) -> Any:
+    from dataclasses import replace
+
+    from dpipe.converters import libero
+    from dpipe.video.encode import Encoder
+
+    kept = libero.CONVERTER, libero.DemoFrames.read, Encoder.write, Encoder.finish
+    libero.CONVERTER = replace(libero.CONVERTER, read=clock.around("read", libero.CONVERTER.read))
+    libero.DemoFrames.read = clock.around("read", libero.DemoFrames.read)
+    Encoder.write, Encoder.finish = (
+        clock.around("encode", Encoder.write),
+        clock.around("encode", Encoder.finish),
+    )
+    try:
+        yield
+    finally:
+        libero.CONVERTER, libero.DemoFrames.read, Encoder.write, Encoder.finish = kept
+
+
+def convert(raw: Path, out: Path, codec: str) -> float:
+    from dpipe.converters.libero import Options
+    from dpipe.pipeline.convert import ConvertRequest, convert_all
+    from dpipe.pipeline.payload import VideoOptions
+    from dpipe.pipeline.progress import Progress
+
+    request = ConvertRequest("libero", raw, out, out.name, Options(), video=VideoOptions(codec))
+    started = time.perf_counter()
+    convert_all(request, Progress(quiet=True))
+    return time.perf_counter() - started
+
+
+def rerun(raw: Path, out: Path, codec: str) -> float:
+    """Seconds of a command that finds everything done."""
+    words = [
+        Path(sys.executable).parent / "dpipe",
+        "convert",
+        "libero",
+        "--raw",
+        raw,
+        "--out",
+        out,
+        "--codec",
+        codec,
+    ]
+    started = time.perf_counter()
+    done = subprocess.run([*map(str, words), "--name", out.name, "--json"], capture_output=True, check=True)
+    seconds = time.perf_counter() - started
+    assert json.loads(done.stdout)["unchanged"]
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--codec", default="h264")
+    arguments = parser.parse_args()
+    rounds, clock = Rounds(), Clock()
+    with tempfile.TemporaryDirectory(prefix="dpipe-overhead-") as folder:
+        one, each = make_raw(Path(folder), 1)
+        raw, frames = make_raw(Path(folder), -(-arguments.steps // each))
+        convert(one, Path(folder) / "first", arguments.codec)
+        with clocked(clock):
+            wall = convert(raw, Path(folder) / "set", arguments.codec)
+        for _ in range(3):
+            rounds.values.setdefault("rerun with nothing to do", []).append(
+                rerun(raw, Path(folder) / "set", arguments.codec)
+            )
+    proper = sum(clock.seconds.values())
+    rounds.values |= {name: [seconds] for name, seconds in clock.seconds.items()}
+    rounds.values |= {"overhead": [wall - proper], "wall": [wall]}
+    share = (wall - proper) / wall
+    again = rounds.median("rerun with nothing to do")
+    goals = [
+        Goal(f"overhead {share:.1%} of the wall; 5 % over that", 0.05 / share, 1),
+        Goal(f"rerun with nothing to do in {again:.2f} s; 1.5 s over that", 1.5 / again, 1),
+    ]
+    return report("overhead", goals, rounds, "s", {"steps": frames, "codec": arguments.codec})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
