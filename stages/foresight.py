@@ -423,7 +423,7 @@ def _picture(
     path: Path, params: Params, dataset: DatasetView, prepared: Prepared, tower: Any, code: Code
 ) -> None:
     """Four frames and the frames ahead of them, each over the picture its stored features still hold."""
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
 
     camera, grid = prepared.facts["camera"], tuple(prepared.facts["grid"])
     height, width = dataset.info.cameras[camera]
@@ -438,11 +438,14 @@ def _picture(
         features = code.restore(code.store(code.project(tower.encode(frames)[0], grid)), grid)
         seen = tower.decode(features, *frames.shape[1:3])
         columns += [np.concatenate([frames[i], seen[i]]) for i in range(len(rows))]
-    height = max(column.shape[0] for column in columns)
-    gap = np.full((height, 4, 3), 255, np.uint8)
-    Image.fromarray(np.concatenate([piece for column in columns for piece in (column, gap)], axis=1)).save(
-        path
+    gap = np.full((columns[0].shape[0], 4, 3), 255, np.uint8)
+    row = np.concatenate([piece for column in columns for piece in (column, gap)], axis=1)
+    picture = Image.fromarray(np.concatenate([np.full((22, row.shape[1], 3), 255, np.uint8), row]))
+    words = (
+        f"{short_camera(camera)}, frames t and t + {params.at} by turns; below: what the stored features hold"
     )
+    ImageDraw.Draw(picture).text((4, 3), words, fill="black", font=ImageFont.load_default(13))
+    picture.save(path)
 
 
 def wishes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[FrameWish, ...]:
