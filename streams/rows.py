@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from ..schemas.errors import DataError
 from .dataset import Dataset
 from .health import Health
+
+if TYPE_CHECKING:
+    from ..video.decode import VideoReader
 
 Rows = NDArray[np.int64]
 
@@ -206,9 +209,24 @@ class DatasetRows:
         resize = stretched if stretched != self.dataset.camera_size(camera) else None
         for run in np.split(np.arange(len(order)), np.flatnonzero(np.diff(files)) + 1):
             video = reader.video(int(owner[run[0]]), camera, resize)
-            pictures = video.read(place.first_frame[owner[run]] + frame[run])
+            try:
+                pictures = video.read(place.first_frame[owner[run]] + frame[run])
+            except DataError as error:
+                raise self._first_damaged(video, camera, owner[run], frame[run], error) from error
             for position, picture in zip(order[run].tolist(), pictures, strict=True):
                 self.fit.apply(picture, out[position])
+
+    def _first_damaged(
+        self, video: VideoReader, camera: str, owner: Rows, frame: Rows, error: DataError
+    ) -> DataError:
+        """The error of several frames of a file, as that of the first one that fails alone, by episode."""
+        first = self.dataset.episodes.cameras[camera].first_frame
+        for e, t in zip(owner.tolist(), frame.tolist(), strict=True):
+            try:
+                video.read([int(first[e]) + t])
+            except DataError as found:
+                return DataError(f"episode {e}, frame {t}, {camera}: {found}")
+        return error
 
     def _own(self) -> Dataset:
         """This thread's dataset: decoders and Parquet readers serve one caller at a time."""

@@ -311,6 +311,27 @@ def test_a_damaged_frame_stops_the_epoch_and_says_where(root: Path, tmp_path: Pa
             pass
 
 
+def test_a_damaged_frame_of_a_video_is_named_by_its_episode(root: Path, tmp_path: Path):
+    """The two groups of pictures around row 17, frame 12 of episode 1, are overwritten."""
+    import shutil
+
+    from dpipe.video.mp4 import read_table
+
+    here = tmp_path / "set"
+    shutil.copytree(root, here)
+    path = here / f"videos/{CAMERA}/chunk-000/file-000.mp4"
+    table = read_table(path)
+    data = bytearray(path.read_bytes())
+    for sample in range(17, len(table)):
+        start, size = int(table.offsets[sample]), int(table.sizes[sample])
+        data[start + 8 : start + size] = b"\xff" * (size - 8)
+    path.write_bytes(data)
+    expected = rf"episode 1, frame (1[2-9]|2\d), {CAMERA}: {re.escape(str(path))}: frame \d+ "
+    with pytest.raises(DataError, match=expected):
+        for _ in open_stream(here, StreamSpec(chunks={}), batch_size=5, frames="video", threads=2):
+            pass
+
+
 def test_spec_and_stream_travel_to_another_process(root: Path):
     stream = open_stream(root, StreamSpec(chunks={"action": 2}), batch_size=5)
     next(iter(stream))
