@@ -47,6 +47,7 @@ bench: setup  ## every benchmark against its peers; rewrites bench/RESULTS.md
 
 soak: setup  ## long counted runs: kills and corruptions, seeded and resumable
 	$(BIN)/python bench/soak.py
+	$(BIN)/python bench/soak_bytes.py
 
 fuzz: setup  ## bounded fuzzing of every reader
 	$(BIN)/python bench/fuzz.py

@@ -27,7 +27,7 @@ from dpipe.pipeline.doctor import Level, examine
 from measure import OUT, machine, versions
 from trees import tree_digest
 
-LEROBOT_READS = ("dataset", "foreign", "splits", "served")
+LEROBOT_READS = ("dataset", "foreign", "recorded", "splits", "served")
 
 
 def read_with_lerobot(root: Path) -> str:

@@ -1,15 +1,17 @@
 """Random single bytes changed, counted: a thousand in each kind of file a user's disk holds.
 
-    python bench/soak_bytes.py [--count 1000] [--seed 0] [--kinds NAME ...]
+    python bench/soak_bytes.py [--count 1000] [--seed 0] [--seconds S] [--kinds NAME ...]
 
-Counts stay in bench/out/soak_bytes.json, and a run goes on where the last one of the same seed stopped. A kind is
-run in a process of its own: one that dies counts as a crash. Exit 1 when anything crashed, hung, took a gigabyte,
+Counts stay in bench/out/soak_bytes.json, and a run goes on where the last one of the same seed stopped, or ran out
+of its seconds; runs over different kinds may go side by side. A batch is a process of its own: one that dies
+counts as a crash. Exit 1 when anything crashed, hung, took a gigabyte,
 or was called sound although a digest says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from corruption import KINDS
 from measure import OUT, machine
 
 RESULT = OUT / "soak_bytes.json"
-BATCH = 250
+BATCH = 100
 MOST_MB = 1024
 
 
@@ -46,17 +48,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="begin no batch after so long")
     parser.add_argument("--kinds", nargs="*", default=[kind.name for kind in KINDS])
     given = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    known = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    kinds: dict[str, dict] = known.get("kinds", {}) if known.get("seed") == given.seed else {}
+    until = time.monotonic() + given.seconds if given.seconds else float("inf")
     with tempfile.TemporaryDirectory(prefix="dpipe-bytes-") as folder:
         for kind in KINDS:
             if kind.name not in given.kinds:
                 continue
-            entry = kinds.setdefault(kind.name, {"done": 0, "counts": {}, "slowest_s": 0.0, "peak_mb": 0})
-            while entry["done"] < given.count:
+            fresh = {"done": 0, "counts": {}, "slowest_s": 0.0, "peak_mb": 0}
+            entry = known_kinds(given.seed).get(kind.name, fresh)
+            while entry["done"] < given.count and time.monotonic() < until:
                 batch = min(BATCH, given.count - entry["done"])
                 found = run_batch(Path(folder), kind.name, entry["done"], batch, given.seed)
                 for name, number in found["counts"].items():
@@ -64,8 +67,9 @@ def main() -> int:
                 entry["done"] += batch
                 entry["slowest_s"] = max(entry["slowest_s"], found["slowest_s"])
                 entry["peak_mb"] = max(entry["peak_mb"], found["peak_mb"])
-                save(kinds, given.seed)
+                save(kind.name, entry, given.seed)
             print(f"{kind.name}: {entry['counts']}, slowest {entry['slowest_s']} s", flush=True)
+    kinds = known_kinds(given.seed)
     bad = {name: entry for name, entry in kinds.items() if faults(entry)}
     print(
         f"{len(kinds)} kinds, {sum(e['done'] for e in kinds.values())} bytes changed, {len(bad)} kinds with faults"
@@ -79,7 +83,19 @@ def faults(entry: dict) -> int:
     return wrong + (entry["peak_mb"] >= MOST_MB)
 
 
-def save(kinds: dict[str, dict], seed: int) -> None:
+def known_kinds(seed: int) -> dict[str, dict]:
+    known = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    return known.get("kinds", {}) if known.get("seed") == seed else {}
+
+
+def save(name: str, entry: dict, seed: int) -> None:
+    with open(RESULT.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kinds = known_kinds(seed) | {name: entry}
+        write({kind.name: kinds[kind.name] for kind in KINDS if kind.name in kinds}, seed)
+
+
+def write(kinds: dict[str, dict], seed: int) -> None:
     total = {
         name: sum(entry["counts"].get(name, 0) for entry in kinds.values())
         for name in ("found", "harmless", "unseen")
@@ -95,7 +111,10 @@ def save(kinds: dict[str, dict], seed: int) -> None:
         "most memory, MB": max(entry["peak_mb"] for entry in kinds.values()),
     }
     facts = {"name": "single bytes changed", "machine": machine(), "when": time.strftime("%Y-%m-%d")}
-    RESULT.write_text(json.dumps(facts | {"seed": seed, "counts": counts, "kinds": kinds}, indent=1) + "\n")
+    text = json.dumps(facts | {"seed": seed, "counts": counts, "kinds": kinds}, indent=1) + "\n"
+    temporary = RESULT.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(RESULT)
 
 
 if __name__ == "__main__":

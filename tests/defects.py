@@ -99,6 +99,14 @@ def build_splits(folder: Path) -> None:
     run_convert(sound("raw calvin"), folder, "calvin")
 
 
+def build_recorded(folder: Path) -> None:
+    """A leader and a follower arm, two cameras, AV1, by lerobot's own recorder."""
+    from zoo import BOTH, arm_takes, record
+
+    takes = arm_takes(1, lengths=(60, 52, 71, 58, 64, 66), unit=90.0, one_table=True)
+    record(folder, takes, fps=20, names=BOTH)
+
+
 def build_raw_calvin(folder: Path) -> None:
     windows = [(0, 39, "open the drawer", "open_drawer"), (10, 49, "push the red block", "push_red")]
     for name, first in (("training", 0), ("validation", 700)):
@@ -129,6 +137,7 @@ SOUND: dict[str, Callable[[Path], None]] = {
     "dataset": build_dataset,
     "served": build_served,
     "foreign": build_foreign,
+    "recorded": build_recorded,
     "splits": build_splits,
 }
 _built: dict[str, Path] = {}
@@ -955,6 +964,133 @@ def a_video_late_by_eight_frames(root: Path) -> None:
         return [*frames[:3], late, *frames[4:]]
 
     edit_video(root, CAMERAS[1], run)
+
+
+# --- an arm recorded by lerobot -----------------------------------------------------------------------------
+
+VIEWS = ("observation.images.front", "observation.images.wrist")
+
+
+def edit_episode(root: Path, number: int, change: Callable[[np.ndarray, np.ndarray], Any]) -> None:
+    """action and observation.state of one episode [T, D], changed in place."""
+
+    def run(episodes: list) -> None:
+        change(episodes[number]["action"], episodes[number]["observation.state"])
+
+    edit_values(root, run)
+
+
+def film(root: Path, camera: str, change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> None:
+    """As `edit_video`, and the description follows the new codec."""
+    edit_video(root, camera, change)
+    edit_info(root, lambda info: info["features"][camera]["info"].update({"video.codec": "h264"}))
+
+
+@defect("contradiction", base="recorded")
+def one_joint_commanded_the_wrong_way_round(root: Path) -> None:
+    edit_episode(root, 1, lambda action, _: np.negative(action[:, 1], out=action[:, 1]))
+
+
+@defect("contradiction", base="recorded")
+def two_joints_exchanged_in_one_episode(root: Path) -> None:
+    def change(action: np.ndarray, state: np.ndarray) -> None:
+        action[:, [0, 1]] = action[:, [1, 0]]
+
+    edit_episode(root, 1, change)
+
+
+@defect("contradiction", base="recorded")
+def commands_of_one_episode_in_radians(root: Path) -> None:
+    edit_episode(root, 2, lambda action, _: np.multiply(action, np.pi / 180, out=action))
+
+
+@defect("contradiction", base="recorded")
+def a_gripper_commanded_the_wrong_way_round(root: Path) -> None:
+    edit_episode(root, 3, lambda action, _: np.subtract(90, action[:, 5], out=action[:, 5]))
+
+
+@defect("units", base="recorded")
+def one_episode_in_radians(root: Path) -> None:
+    def change(action: np.ndarray, state: np.ndarray) -> None:
+        action *= np.pi / 180
+        state *= np.pi / 180
+
+    edit_episode(root, 2, change)
+
+
+@defect("constant", base="recorded", also="contradiction")
+def a_joint_whose_sensor_is_dead(root: Path) -> None:
+    edit_episode(root, 1, lambda _, state: state[:, 2].fill(state[0, 2]))
+
+
+@defect("constant", base="recorded", also="video-shifted time-pairing contradiction")
+def commands_that_were_not_recorded(root: Path) -> None:
+    edit_episode(root, 1, lambda action, _: action.fill(0))
+
+
+@defect("jump", base="recorded", also="contradiction time-pairing")
+def a_joint_that_is_elsewhere_from_the_middle_on(root: Path) -> None:
+    def change(_: np.ndarray, state: np.ndarray) -> None:
+        state[len(state) // 2 :, 0] += 400
+
+    edit_episode(root, 1, change)
+
+
+@defect("time-pairing", base="recorded", also="contradiction video-shifted")
+def states_of_one_episode_late_by_six_frames(root: Path) -> None:
+    edit_episode(root, 2, lambda _, state: shift(state, 6))
+
+
+@defect("statistics", base="recorded")
+def colours_of_another_camera(root: Path) -> None:
+    def run(stats: dict) -> None:
+        for entry in ("mean", "q50"):
+            stats[VIEWS[0]][entry] = (np.array(stats[VIEWS[0]][entry]) * 0.6).tolist()
+
+    edit_json(root / "meta/stats.json", run)
+
+
+@defect("video-frozen", base="recorded")
+def a_camera_that_hung_to_the_end(root: Path) -> None:
+    def run(frames: list) -> list:
+        frames[2][30:] = frames[2][30]
+        return frames
+
+    film(root, VIEWS[1], run)
+
+
+@defect("video-frozen", base="recorded", also="video-shifted")
+def a_camera_that_showed_one_picture(root: Path) -> None:
+    film(root, VIEWS[0], lambda f: [*f[:2], np.repeat(f[2][:1], len(f[2]), axis=0), *f[3:]])
+
+
+@defect("video-black", base="recorded")
+def a_camera_behind_grey_cardboard(root: Path) -> None:
+    film(root, VIEWS[0], lambda f: [*f[:2], np.full_like(f[2], 120), *f[3:]])
+
+
+@defect("video-shifted", base="recorded")
+def pictures_of_one_episode_late_by_five(root: Path) -> None:
+    film(
+        root,
+        VIEWS[0],
+        lambda f: [*f[:2], np.concatenate([np.repeat(f[2][:1], 5, axis=0), f[2][:-5]]), *f[3:]],
+    )
+
+
+@defect("video-shifted", base="recorded")
+def pictures_of_every_episode_late_by_five(root: Path) -> None:
+    film(root, VIEWS[0], lambda f: [np.concatenate([np.repeat(x[:1], 5, axis=0), x[:-5]]) for x in f])
+
+
+@defect("video-swapped", base="recorded", also="video-shifted")
+def two_cameras_exchanged_in_one_episode(root: Path) -> None:
+    from dpipe.streams.dataset import open_dataset
+
+    dataset = open_dataset(root)
+    shown = [dataset.frames(1, camera, 0, int(dataset.episodes.length[1])) for camera in VIEWS]
+    for camera, other in zip(VIEWS, shown[::-1], strict=True):
+        film(root, camera, lambda f, other=other: [f[0], other, *f[2:]])
 
 
 # --- our own folder -----------------------------------------------------------------------------------------

@@ -145,20 +145,23 @@ def arm_takes(
     cameras: Sequence[str] = ("front", "wrist"),
     noise: float = 2.0,
     unit: float = 1.0,
+    one_table: bool = False,
     **look: Any,
 ) -> list[Take]:
-    """Leader and follower: the action is the leader's joints, the last dimension a gripper of any opening."""
+    """Leader and follower: the action is the leader's joints, the last dimension a gripper of any opening.
+
+    `one_table`: all episodes in one place, each camera with its own view of it.
+    """
     takes = []
     for e, frames in enumerate(lengths):
         rng = np.random.default_rng([seed, e])
         leader = glide(rng, frames, dims)
         leader[:, -1] = follow(grip(rng, frames)[:, None], 3.0, rng)[:, 0]
         state = follow(leader, lag, rng, 0.002)
+        places = {name: seed * 31 + (97 * c if one_table else e) for c, name in enumerate(cameras)}
         pictures = {
-            f"observation.images.{name}": view(
-                state, seed * 31 + e, noise=noise, moves=name == "wrist", **look
-            )
-            for name in cameras
+            f"observation.images.{name}": view(state, place, noise=noise, moves=name == "wrist", **look)
+            for name, place in places.items()
         }
         columns = {
             "observation.state": (unit * state).astype(np.float32),
@@ -522,14 +525,13 @@ def hevc(root: Path) -> Path:
 @variant
 def several_files_and_episodes_a_file(root: Path) -> Path:
     """Files of some hundred kilobytes: data and videos are cut at different episodes."""
-    made = record(
+    return record(
         root,
         arm_takes(33, lengths=(40, 52, 47, 60, 33, 45, 58), noise=12.0),
         names=BOTH,
         video_files_size_in_mb=1,
         data_files_size_in_mb=1,
     )
-    return made
 
 
 @variant
