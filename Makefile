@@ -7,7 +7,7 @@ DEMO ?= demo
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types test test-fast demo bench soak fuzz docs clean
+.PHONY: help setup fmt lint types test test-fast demo bench table soak fuzz docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -44,6 +44,10 @@ demo: setup  ## raw recordings to a trained policy, in ./demo (DEMO=folder for a
 
 bench: setup  ## every benchmark against its peers; rewrites bench/RESULTS.md
 	$(BIN)/python bench/all.py
+
+table: setup  ## train and judge the tabletop's table of policies; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python bench/train_table.py
+	$(BIN)/python bench/all.py --table
 
 soak: setup  ## long counted runs: kills and corruptions, seeded and resumable
 	$(BIN)/python bench/soak.py

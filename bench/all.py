@@ -32,7 +32,9 @@ def table() -> str:
     ]
     for path in sorted(OUT.glob("*.json")):
         result = json.loads(path.read_text())
-        if "goals" in result:
+        if "claims" in result:
+            lines += _trained(result)
+        elif "goals" in result:
             lines += _benchmark(result)
         elif "counts" in result:
             lines += _counted(result)
@@ -53,6 +55,29 @@ def _benchmark(result: dict) -> list[str]:
             f"| {name} | {statistics.median(values):,.1f} | {min(values):,.1f} to {max(values):,.1f} |"
         )
     return [*lines, ""]
+
+
+def _trained(result: dict) -> list[str]:
+    """What policies reach in closed loop: a row each, mean over seeds with the range; then what follows."""
+    lines = [f"## {result['name']}", "", f"{result['machine']}, {result['when']}. {_versions(result)}", ""]
+    lines += [f"{result['data']}; {result['cpu_minutes']:.0f} CPU minutes in all.", ""]
+    lines += [
+        "| policy | success | off the expert's actions | seeds x episodes | steps | CPU minutes a run |"
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        success = f"{statistics.mean(row['success']):.1%} ({_around(row['success'], '.1%')})"
+        error = f"{statistics.mean(row['arm_error']):.3f} ({_around(row['arm_error'], '.3f')})"
+        runs = f"{len(row['seeds'])} x {row['episodes']}"
+        spent = f"{statistics.mean(row['cpu_minutes']):.1f}"
+        lines.append(f"| {row['row']} | {success} | {error} | {runs} | {row['steps']} | {spent} |")
+    lines += ["", "| claim | | reason |", "|---|---|---|"]
+    lines += [f"| {claim['claim']} | {claim['outcome']} | {claim['reason']} |" for claim in result["claims"]]
+    return [*lines, ""]
+
+
+def _around(values: list[float], form: str) -> str:
+    return f"{min(values):{form}} to {max(values):{form}}"
 
 
 def _counted(result: dict) -> list[str]:

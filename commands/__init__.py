@@ -16,6 +16,8 @@ COMMANDS: dict[str, dict[str, str]] = {
         "train": "Targets to a policy; what is missing is made first.",
         "finish": "Number what the jobs of a divided conversion have made.",
         "export-policy": "A trained run as a policy that lerobot serves.",
+        "evaluate": "A trained policy in the simulator: success, latency, pictures.",
+        "compare": "An ablation: a grid of runs in one table, the paper's figures beside.",
         "plan": "What convert, precompute or train would do.",
     },
     "Looking and asking": {

@@ -1,6 +1,7 @@
 """Libra's mechanisms: intent helps, the curriculum closes the gap between training and acting, once."""
 # ruff: noqa: E402 - what needs torch is imported once torch is known to be there
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,14 +14,19 @@ torch = pytest.importorskip("torch")
 
 from dpipe.trainer.draws import Draws
 from dpipe.trainer.libra import (
+    RECIPE,
     Config,
     Curriculum,
     IntentBuffer,
     Libra,
     LibraPolicy,
+    Waypoint,
+    answers,
     bin_centre,
     latency_per_refinement,
+    next_word,
     sample_bins,
+    states_shown,
 )
 from dpipe.trainer.loop import Phase
 from dpipe.trainer.losses import valid_steps
@@ -59,15 +65,15 @@ def judge(model: Libra, intent: str) -> SimpleNamespace:
     draws = Draws.of_step(5, 0, 0, 2000)
     c = model.config
     with torch.no_grad():
-        logits = model.planner([], batch["state"][:, 0], batch["text"])
+        moment = [], batch["state"][:, 0], batch["text"]
+        logits = model.planner(model.look(*moment, refining=False))
         given = batch["tokens"]
         if intent == "planner":
             given = sample_bins(logits, draws.uniform(c.plan_steps, 2))
         valid = valid_steps(batch["is_pad"], batch["dims"]).expand_as(given)
-        loss = model._diffusion_loss(batch, valid, given, torch.zeros(2000, dtype=torch.int64), draws)
-        action = model.refine(
-            [], batch["state"][:, 0], batch["text"], given[:, : c.chunk], draws.normal(c.chunk, 2)
-        )
+        seen, part = model.look(*moment, refining=True), torch.zeros(2000, dtype=torch.int64)
+        loss = model._diffusion_loss(seen, batch["action"], valid, given, part, draws)
+        action = model.refine(*moment, given[:, : c.chunk], draws.normal(c.chunk, 2))
     error = (action - batch["action"][:, : c.chunk]).abs().mean()
     return SimpleNamespace(loss=float(loss), error=float(error))
 
@@ -222,3 +228,79 @@ def test_the_policy_plans_once_per_m_chunks_and_again_after_a_reset_or_new_words
     policy.act({}, state, ["b"] * 4)
     assert (model.plans, model.refinements) == (4, 6)
     assert len(policy.clock["plan"]) == 4 and len(policy.clock["refine"]) == 6
+
+
+# -- one pair of eyes, and where the hand goes ------------------------------------------------------------
+
+
+def test_the_next_word_to_a_gripper_is_sought_after_the_frame_that_asks():
+    grip = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)[..., None]
+    step, found = next_word(grip, torch.tensor([0, 0, 0]))
+    assert found.tolist() == [True, False, True] and step[found].tolist() == [2, 4]
+    later, found = next_word(grip, torch.tensor([2, 2, 4]))  # the word at step 2 has been said by then
+    assert found.tolist() == [True, False, False] and later[found].tolist() == [4]
+
+
+def test_states_are_shown_once_each_and_every_answer_among_them():
+    config = Config(chunk=5, slices=5, waypoint=24)  # frame 20 is both observed and an answer
+    shown = states_shown(config)
+    assert len(set(shown)) == len(shown) and shown[:5] == (0, 5, 10, 15, 20)
+    assert answers(config) == (4, 8, 12, 16, 20, 24) and set(answers(config)) < set(shown)
+
+
+def seeing_space():
+    space = toy_space(state_dim=2, action_dim=2, grippers=1)
+    return replace(space, cameras=("observation.images.front",))
+
+
+def test_the_waypoint_is_the_state_shown_at_or_just_after_the_word():
+    config = Config(width=16, heads=2, waypoint=12, chunk=2, slices=2, image_size=8)
+    model = Libra(config, seeing_space())
+    offsets = np.array(states_shown(config))
+    state = np.repeat(offsets[None, :, None], 2, axis=2).astype(
+        np.float32
+    )  # a state is its own frame's number
+    action = np.zeros((1, 13, 2), np.float32)
+    action[0, :7, 1] = -1
+    action[0, 7:, 1] = 1  # told to close at step 7; the next state shown is that of frame 8
+    batch = {"state": torch.from_numpy(state), "action": torch.from_numpy(action)}
+    right = torch.full((2, 2), 8.0)
+    assert float(model._waypoint_loss(batch, right, torch.tensor([0, 2]))) == 0
+    assert float(model._waypoint_loss(batch, right + 1, torch.tensor([0, 2]))) == 0.5
+    assert float(model._waypoint_loss(batch, right + 1, torch.tensor([8, 9]))) == 0  # no word after frame 8
+
+
+@pytest.mark.parametrize(
+    ("change", "shared", "sought"),
+    [({}, True, True), ({"eyes": "two"}, False, False), ({"waypoint": 0}, True, False)],
+)
+def test_one_encoder_serves_both_systems_unless_each_is_to_have_its_own(change, shared, sought):
+    model = Libra(Config(width=16, heads=2, image_size=8, **change), seeing_space())
+    assert (model.refiner.encoder is None) == shared
+    assert isinstance(model.waypoint, Waypoint) == sought
+
+
+def test_a_robot_without_a_gripper_aims_at_the_last_state_shown():
+    space = replace(toy_space(2, 2), cameras=("observation.images.front",))
+    model = Libra(Config(width=16, heads=2, waypoint=12, chunk=2, slices=2, image_size=8), space)
+    state = np.repeat(np.array(states_shown(model.config))[None, :, None], 2, axis=2).astype(np.float32)
+    batch = {"state": torch.from_numpy(state), "action": torch.zeros(1, 13, 2)}
+    assert float(model._waypoint_loss(batch, torch.full((2, 2), 12.0), torch.tensor([0, 2]))) == 0
+
+
+def test_the_eyes_learn_first_and_the_curriculum_counts_the_steps_after():
+    looking, acting = RECIPE.phases(Config(), 1000)
+    assert (looking.name, looking.steps, acting.steps) == ("look", 300, 700)
+    assert [phase.name for phase in RECIPE.phases(Config(eyes="two"), 1000)] == ["train"]
+    model = Libra(Config(width=16, heads=2, image_size=8), seeing_space())
+    model.begin(looking)
+    assert model.advance(1, {"waypoint": torch.tensor(0.1)}) == []
+    model.begin(acting)
+    assert model.curriculum.fallback_step == round(700 / 6)
+
+
+def test_pictures_end_with_the_frames_acted_on_while_states_go_on():
+    spec = RECIPE.spec(Config(), seeing_space(), {})
+    assert spec.offsets_of("observation.images.front") == (0, 5)
+    assert spec.offsets_of("observation.state")[-1] == 48 and spec.chunks == {"action": 49}
+    assert RECIPE.spec(Config(eyes="two"), seeing_space(), {}).chunks == {"action": 10}

@@ -2,12 +2,13 @@
 
 # ruff: noqa: E402 - what needs torch is imported once torch is known to be there
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from dpipe.samples.motion import record
 from dpipe.samples.tabletop import Tabletop
-from dpipe.schemas.errors import DataError
+from dpipe.schemas.errors import DataError, UsageError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,10 +19,14 @@ from dpipe.trainer.evaluate import (
     Senses,
     as_recorded,
     check_embodiment,
+    check_tabletop,
+    expert_error,
     latency,
+    make_policy,
     native_actions,
     roll_out,
     save_strip,
+    save_video,
     wilson,
 )
 from toys import toy_space
@@ -141,3 +146,59 @@ def test_the_strip_has_a_row_per_episode(tmp_path):
     assert [episode.success for episode in film] == [True] * 4
     save_strip(tmp_path / "strip.png", film)
     assert Image.open(tmp_path / "strip.png").size == (9 * 128, 4 * 144)
+
+
+def test_the_video_shows_every_step_of_all_filmed_episodes_and_holds_the_last(tmp_path):
+    import av
+
+    film = []
+    roll_out(Replayed(SEEDS, still=True), SEEDS, None, film=film, limit=12)
+    film[1].frames, film[1].wrist = film[1].frames[:5], film[1].wrist[:5]  # ended early
+    save_video(tmp_path / "film.mp4", film)
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 20
+    assert len(frames) == 13 and frames[0].shape == (256, 512, 3)
+    held = np.abs(frames[-1][:128, 128:256].astype(int) - film[1].frames[-1].astype(int)).mean()
+    assert held < 8  # the codec's loss, not another picture
+
+
+class Oracle(Replayed):
+    """Answers with the expert's actions at the moments it is asked about, `off` in every arm dimension."""
+
+    def __init__(self, seeds, off: float):
+        super().__init__(seeds)
+        self.answers = np.concatenate([motion[::4] for motion in self.motions])
+        self.answers = self.answers + np.array([off] * 6 + [0.0])
+
+    def act(self, images, state, texts):
+        return self.answers
+
+
+def test_the_error_of_single_actions_is_how_far_the_arm_is_off():
+    assert expert_error(Oracle(SEEDS, 0.0), SEEDS, None) == (0.0, 0.0)
+    assert expert_error(Oracle(SEEDS, 0.25), SEEDS, None) == pytest.approx((0.25, 0.0))
+
+
+def trained(tasks):
+    return SimpleNamespace(space=space(), provenance={"tasks": tasks, "dataset_root": "/nowhere"})
+
+
+def test_runs_on_other_data_than_the_tabletops_are_refused_by_their_instructions(tmp_path):
+    check_tabletop(trained(["pick up the red cube and place it in the tray"]), tmp_path)
+    check_tabletop(trained(["Pick the blue cylinder and place it on the plate"]), tmp_path)
+    with pytest.raises(DataError, match=r"expected instructions like(.|\n)*found 'open the drawer'"):
+        check_tabletop(
+            trained(["pick up the red cube and place it in the tray", "open the drawer"]), tmp_path
+        )
+    with pytest.raises(DataError, match="no dataset in /nowhere"):
+        check_tabletop(trained(None), tmp_path)
+
+
+def test_an_option_that_a_recipes_policy_lacks_is_refused_with_those_it_has():
+    def policy(model, seed=0, refine=True): ...
+
+    run = SimpleNamespace(recipe=SimpleNamespace(name="libra", policy=policy), model=None)
+    make_policy(run, 0, {"refine": False})
+    with pytest.raises(UsageError, match=r"no option run at work: it has refine"):
+        make_policy(run, 0, {"run": 3})

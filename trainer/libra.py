@@ -7,9 +7,10 @@ Refiner   its own encoder; H noisy action steps through a diffusion transformer 
 Between   an intent buffer: one plan serves M refinements, so a step costs T_ref + T_plan / M.
 
 The tiny policy has one pair of eyes for both systems. They also learn to say what the robot's state will be when
-its gripper is next told otherwise: where the hand will take hold, or let go. The answer is in every recording,
-and both systems read it as one more token. Without it a small policy learns when to go down and close long before
-it learns where, and hardly anything from then on [ours].
+its gripper is next told otherwise: where the hand will take hold, or let go (without a gripper, what it will be
+`waypoint` steps on). The answer is in every recording,
+and both systems read it as one more token. In a first phase the eyes learn nothing else, which is cheap. Without it a
+small policy learns when to go down and close long before it learns where, and hardly anything from then on [ours].
 
 In training the refiner looks at frame t + m H, m drawn uniformly from 0 .. M - 1, and gets slice m of the plan
 made at t: without it the gap between planning and acting is never trained [ours].
@@ -74,6 +75,8 @@ class Config:
     eyes: str = "one"  # one encoder for both systems [ours] | two: each has its own (the paper)
     waypoint: int = 48  # steps ahead within which the next word to the gripper is sought; 0: not at all
     lambda_waypoint: float = 1.0
+    look_share: float = 0.3  # of the steps, first: the eyes alone learn, by the waypoint
+    look_lr: float = 5e-3  # meanwhile
     levels: int = 100  # of the noise schedule
     sample_steps: int = 10
     noise_draws: int = 4  # noise levels per observation: the encoder's work is shared among them [ours]
@@ -202,10 +205,9 @@ def shares_eyes(config: Config) -> bool:
     return config.eyes == "one" and not config.vlm
 
 
-def seeks_waypoints(config: Config, space: Space) -> bool:
-    """Whether there is a gripper to be told anything, and eyes of our own to look for where."""
-    own = shares_eyes(config) and config.vision == "conv"
-    return own and config.waypoint > 0 and bool(space.grippers) and bool(space.cameras)
+def seeks_waypoints(config: Config) -> bool:
+    """Only eyes of our own are taught to look: pretrained ones see well enough."""
+    return shares_eyes(config) and config.vision == "conv" and config.waypoint > 0
 
 
 class Planner(nn.Module):
@@ -294,9 +296,9 @@ class Libra(nn.Module):
 
     def __init__(self, config: Config, space: Space) -> None:
         super().__init__()
-        self.config, self.space = config, space
+        self.config, self.space, self.stage = config, space, "train"
         self.planner, self.refiner = Planner(config, space), Refiner(config, space)
-        self.waypoint = Waypoint(config, space) if seeks_waypoints(config, space) else None
+        self.waypoint = Waypoint(config, space) if seeks_waypoints(config) and space.cameras else None
         self.register_buffer("schedule", cosine_schedule(config.levels), persistent=False)
         self.curriculum = Curriculum(config.tau, config.min_steps, 0)
         self.balance = _Balance()
@@ -306,14 +308,16 @@ class Libra(nn.Module):
     def forward(self, batch: Mapping[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """`batch` as `space.to_tensors` gives it: M observed frames H apart, L tokens, and L actions or more."""
         c = self.config
+        part = draws.integers(c.slices)
+        to_plan, to_refine, waypoint_loss = self._look(batch, part)
+        if self.stage == "look" and waypoint_loss is not None:
+            return waypoint_loss, {"waypoint": waypoint_loss.detach()}
         steps = slice(c.plan_steps)
         is_pad = batch["is_pad"][:, steps]
         if "tokens_is_pad" in batch:
             is_pad = is_pad | batch["tokens_is_pad"]
         valid = valid_steps(is_pad, batch["dims"]) & (batch["tokens"] < c.bins)
         bins = batch["tokens"].clamp(max=c.bins)
-        part = draws.integers(c.slices)
-        to_plan, to_refine, waypoint_loss = self._look(batch, part)
         logits = self.planner(to_plan)
         entropy = F.cross_entropy(
             logits.flatten(0, 2), bins.clamp(max=c.bins - 1).flatten(), reduction="none"
@@ -355,8 +359,14 @@ class Libra(nn.Module):
     def _waypoint_loss(self, batch: Mapping[str, Any], where: Tensor, start: Tensor) -> Tensor:
         """`where` [2 B, D] said at frames t + start [2 B], against the state shown at or just after the word."""
         assert self.waypoint is not None
-        grip = batch["action"][..., list(self.space.grippers)] > 0
-        step, found = next_word(torch.cat([grip, grip]), start)
+        if self.space.grippers:
+            grip = batch["action"][..., list(self.space.grippers)] > 0
+            step, found = next_word(torch.cat([grip, grip]), start)
+        else:
+            step, found = (
+                torch.full_like(start, self.config.waypoint),
+                torch.ones_like(start, dtype=torch.bool),
+            )
         shown = batch["state"][:, self.waypoint.places]  # every WAYPOINT_STRIDE frames after t
         at = ((step - 1) // WAYPOINT_STRIDE).clamp(max=shown.shape[1] - 1)
         rows = torch.arange(len(shown), device=step.device).repeat(2)
@@ -387,11 +397,14 @@ class Libra(nn.Module):
         return masked_mean((out.float() - (noise if c.prediction == "epsilon" else target)) ** 2, valid)
 
     def begin(self, phase: Phase) -> None:
-        """One phase; the curriculum's fallback follows from its length."""
+        """The curriculum's fallback follows from the length of the phase that has one."""
+        self.stage = phase.name
         self.curriculum.fallback_step = max(1, round(self.config.fallback * phase.steps))
 
     def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
         """After optimiser step `step` (from 1): move the curriculum on. Returns what is worth a line."""
+        if "plan" not in metrics:  # the eyes alone
+            return []
         if self.config.lambda_plan == 0 and self.balance.seen < 200:
             self.balance.observe(
                 *(float(mean_over_processes(metrics[name])) for name in ("diffusion", "plan"))
@@ -548,7 +561,7 @@ class LibraPolicy:
 def _spec(config: Config, space: Space, facts: Mapping[str, Any]) -> StreamSpec:
     """M observed frames H apart (frame 0 plans, each may refine), L actions; more of both for the waypoint."""
     at, actions = {}, config.plan_steps
-    if seeks_waypoints(config, space):
+    if seeks_waypoints(config) and space.cameras:
         at = {STATE: states_shown(config)}
         actions = max(actions, config.waypoint + 1)
     size = (config.image_size, config.image_size)
@@ -562,12 +575,18 @@ def _spec(config: Config, space: Space, facts: Mapping[str, Any]) -> StreamSpec:
     )
 
 
+def _phases(config: Config, steps: int) -> list[Phase]:
+    looking = round(config.look_share * steps) if seeks_waypoints(config) else 0
+    train = Phase("train", steps - looking)
+    return [Phase("look", looking, config.look_lr), train] if looking else [train]
+
+
 RECIPE = Recipe(
     name="libra",
     config=Config,
     targets=lambda config: ([f"tokens:N={config.bins}"], config.plan_steps),
     spec=_spec,
     build=lambda config, space, facts: Libra(config, space),
-    phases=lambda config, steps: [Phase("train", steps)],
+    phases=_phases,
     policy=LibraPolicy,
 )
