@@ -52,6 +52,10 @@ class RowReader(Protocol):
 
     def cameras(self) -> tuple[str, ...]: ...
 
+    def origin(self) -> str:
+        """Where frames come from, in words for a log."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -125,6 +129,14 @@ class DatasetRows:
 
     def size(self, camera: str) -> tuple[int, int]:
         return self.dataset.camera_size(camera)
+
+    def origin(self) -> str:
+        if not any(self.dataset.features[camera]["dtype"] == "video" for camera in self.cameras()):
+            return f"pictures in the rows of {self.dataset.root}"
+        from ..video.decode import choose_backend
+
+        name, reason = choose_backend()
+        return f"videos of {self.dataset.root}, decoded by {name} ({reason})"
 
     def values(self, names: Iterable[str], rows: Rows) -> dict[str, NDArray[Any]]:
         starts = self.dataset.episodes.first_index[self._file_starts]
@@ -249,6 +261,9 @@ class SplitRows:
 
     def size(self, camera: str) -> tuple[int, int]:
         return self.pictures.size(camera)
+
+    def origin(self) -> str:
+        return self.pictures.origin()
 
     def values(self, names: Iterable[str], rows: Rows) -> dict[str, NDArray[Any]]:
         here = set(self.numbers.columns())

@@ -108,6 +108,9 @@ class ShardRows:
     def cameras(self) -> tuple[str, ...]:
         return tuple(self._cameras)
 
+    def origin(self) -> str:
+        return f"JPEG shards in {self.remote.url if self.remote else self.folder}"
+
     def size(self, camera: str) -> tuple[int, int]:
         height, width = self.index["cameras"][camera]
         return height, width

@@ -137,6 +137,10 @@ class SampleSource(Protocol):
 
     def read(self, samples: NDArray[np.int64], spec: StreamSpec, health: Health) -> Batch: ...
 
+    def origin(self) -> str:
+        """Where frames come from, in words for a log."""
+        ...
+
 
 @dataclass(frozen=True)
 class Place:
@@ -296,6 +300,15 @@ class Stream:
         samples = self.source.samples
         order = self.shuffle.of_epoch(self.seed, self.epoch, self.samples)
         return mixing(order, lambda found: samples.locate(found).episode, self.global_batch)
+
+    def describe(self) -> str:
+        """One line for a log: how many samples, where frames come from and why, how they are mixed."""
+        words = [f"{self.samples} samples", self.source.origin()]
+        if self.shuffle.kind == "block" and isinstance(self.source, Source):
+            words.append(f"block shuffle that mixes {self.mixing():.2f} as well as a global one")
+        elif self.shuffle.kind != "global":
+            words.append(f"{self.shuffle.kind} shuffle")
+        return "; ".join(words)
 
     def map_style(self) -> MapView:
         """The same samples by number, for trainers that bring their own sampler."""
@@ -483,6 +496,9 @@ class Source:
         names = self.dataset.names(column)
         dim = int(np.prod(self.dataset.features[column]["shape"]))
         return dimension_kinds(names if len(names) == dim else [""] * dim, delta=self._moves(column))
+
+    def origin(self) -> str:
+        return f"frames from {self.rows.origin()}" if self.cameras else "no frames"
 
     def order(self, shuffle: Shuffle, seed: int) -> EpochOrder:
         return EpochOrder(shuffle, seed, len(self.samples))

@@ -279,6 +279,16 @@ def test_asking_for_jpegs_without_shards_says_how_to_make_them(tmp_path: Path):
         open_stream(root, frames="jpeg")
 
 
+def test_a_stream_says_where_its_frames_come_from_and_which_decoder_was_chosen_why(root: Path):
+    assert open_stream(root, frames="none").describe() == "38 samples; no frames"
+    shards = open_stream(root, frames="jpeg", shuffle=Shuffle("block", 5, 2)).describe()
+    assert re.fullmatch(
+        r"38 samples; frames from JPEG shards in .*/jpeg256-q90; block shuffle that .*", shards
+    )
+    video = open_stream(root, frames="video").describe()
+    assert re.search(r"videos of .*set, decoded by pyav \(decodes h264 and av1 here, the fastest of", video)
+
+
 def test_health_counts_what_was_done(root: Path):
     stream = open_stream(root, StreamSpec(chunks={}), batch_size=8, frames="jpeg", threads=2)
     for _ in stream:
