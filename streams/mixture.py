@@ -145,6 +145,12 @@ class MixtureSource:
             [embodiment_of(each.source.dataset) for each in opened] if align == "unified" else []
         )
 
+    def origin(self) -> str:
+        return "; ".join(
+            f"{each.source.dataset.name} {weight / sum(self.weights):.1%}, {each.source.origin()}"
+            for each, weight in zip(self.members, self.weights, strict=True)
+        )
+
     def order(self, shuffle: Shuffle, seed: int) -> MixtureOrder:
         return MixtureOrder(shuffle, seed, self.sizes, block_counts(self.weights))
 

@@ -112,6 +112,8 @@ def train(
             frames=frames,
             episodes=episodes,
         )
+        if rank == 0:
+            say(f"stream: {stream.describe()}")
         return SupervisedBatches(
             stream.endless(),
             lambda index: made.join(resolved, supervision, index) if supervision.names else {},
