@@ -1,0 +1,250 @@
+"""Catalogue and receipts: nothing is looked at twice, and what is added touches only itself."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dpipe.converters import Converter, load_converter
+from dpipe.pipeline import catalog as module
+from dpipe.pipeline import finish
+from dpipe.pipeline.catalog import build_catalog, select
+from dpipe.pipeline.convert import ConvertRequest, convert
+from dpipe.pipeline.execute import Executor, StopRequest
+from dpipe.pipeline.precompute import precompute
+from dpipe.pipeline.progress import Progress
+from dpipe.pipeline.receipts import Receipts, load_receipts
+from dpipe.pipeline.statistics import column_statistics, weighted_statistics
+from dpipe.schemas.episode import EpisodeRef
+from dpipe.streams.dataset import open_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_libero import demo_arrays, write_raw, write_suite
+from test_faults import folder as in_memory  # noqa: F401 - a fixture
+from trees import run_convert, tree_digest
+
+QUIET = Progress(quiet=True)
+
+# One file a hundred episodes, without pixels: episode n of file f says its own number.
+MANY = """
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpipe.converters import Converter
+from dpipe.schemas.episode import Embodiment, Episode, EpisodeRef, Recording
+from dpipe.schemas.features import Feature
+
+LOG = Path(__file__).with_suffix(".log")
+
+@dataclass(frozen=True)
+class Options:
+    pass
+
+def find(raw, options):
+    for path in sorted(raw.glob("*.txt")):
+        yield Recording(path.stem, "train", (path,))
+
+def scan(recording, options):
+    LOG.open("a").write(f"scan {recording.name}\\n")
+    count = int(recording.files[0].read_text())
+    return [
+        EpisodeRef(f"{recording.name}/{n:03d}", "train", 4, f"task {n % 3}", recording.files, ())
+        for n in range(count)
+    ]
+
+def read(ref, options):
+    LOG.open("a").write(f"read {ref.source_id}\\n")
+    name, _, number = ref.source_id.partition("/")
+    state = np.full((4, 2), int(number), np.float32) + np.arange(4, dtype=np.float32)[:, None] / 8
+    return Episode(ref, {"observation.state": state, "action": state + len(name)}, {})
+
+features = (Feature("observation.state", "float32", ("x", "y")), Feature("action", "float32", ("x", "y")))
+body = Embodiment("many", "none", 10, "by hand", features, {})
+CONVERTER = Converter("many", 1, Options, find, scan, read, lambda options, variant: body, "*.txt")
+"""
+
+
+def many(folder: Path) -> ConvertRequest:
+    script = folder / "many.py"
+    script.write_text(MANY)
+    (folder / "raw").mkdir()
+    options = load_converter(str(script)).Options()
+    return ConvertRequest(str(script), folder / "raw", folder / "out", "out", options, part_frames=200)
+
+
+def log(folder: Path) -> list[str]:
+    path = folder / "many.log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def here(stop: StopRequest | None = None):
+    return lambda count: Executor(stop or StopRequest())
+
+
+# --- only what is new -----------------------------------------------------------------------------------------
+
+
+def test_five_more_episodes_touch_those_five_and_the_metadata(in_memory: Path):  # noqa: F811
+    asked = many(in_memory)
+    for file in range(5):
+        (asked.raw / f"file{file}.txt").write_text("100")
+    assert convert(asked, QUIET).encoded == 500
+    assert precompute(asked.out, ["fast"])[0].computed_episodes == 500
+    log(in_memory)
+    before = tree_digest(asked.out)
+    (asked.raw / "more.txt").write_text("5")
+    result = convert(asked, QUIET)
+    assert (result.episodes, result.encoded) == (505, 5)
+    assert sorted(log(in_memory)) == ["read more/" + f"{n:03d}" for n in range(5)] + ["scan more"]
+    (target,) = precompute(asked.out, ["fast"])
+    assert (target.computed_episodes, target.copied_episodes) == (5, 0)
+    after = tree_digest(asked.out)
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert not any(name.startswith(("data/", "dpipe/targets/fast/")) and "/part-" in name for name in changed)
+    assert not any(name.startswith(("data/", "videos/", "dpipe/journal/statistics/")) for name in changed)
+    index = open_dataset(asked.out).all_columns(["index"])["index"]
+    assert index.tolist() == list(range(2020))
+
+
+def test_a_recording_whose_files_did_not_change_is_not_opened_again(tmp_path: Path):
+    asked = many(tmp_path)
+    for file in range(3):
+        (asked.raw / f"file{file}.txt").write_text("2")
+    convert(asked, QUIET)
+    log(tmp_path)
+    (asked.raw / "file1.txt").write_text("3 ")
+    assert convert(asked, QUIET).encoded == 1
+    lines = log(tmp_path)
+    assert [line for line in lines if line.startswith("scan")] == ["scan file1"]
+    # The two old ones of that file were read to see whether they had changed, and not written anew.
+    assert [line for line in lines if line.startswith("read")] == [f"read file1/{n:03d}" for n in range(3)]
+
+
+def test_a_changed_parameter_or_stage_version_redoes_what_depends_on_it(tmp_path: Path, monkeypatch):
+    from dpipe import stages
+    from dpipe.pipeline import precompute as running
+
+    asked = many(tmp_path)
+    (asked.raw / "file.txt").write_text("3")
+    convert(asked, QUIET)
+    (first,) = precompute(asked.out, ["fast"])
+    assert precompute(asked.out, ["fast"])[0].computed_episodes == 0
+    newer = replace(stages.load_stage("fast"), version=99)
+    monkeypatch.setattr(running, "load_stage", lambda name: newer)
+    (again,) = precompute(asked.out, ["fast"], name="newer")
+    assert again.computed_episodes == first.computed_episodes == 3
+
+
+# --- columns and objects --------------------------------------------------------------------------------------
+
+
+def test_entries_come_back_from_columns_as_they_were(tmp_path: Path):
+    raw = tmp_path / "raw"
+    write_suite(raw, demos=3)
+    bad = demo_arrays(9, 5)
+    bad["actions"][2] = np.nan
+    write_raw(raw / "libero_goal" / "bad_demo.hdf5", {0: bad})
+    converter = load_converter("libero")
+    options = converter.Options()
+    expected = [e for r in converter.find(raw, options) for e in converter.scan(r, options)]
+    found = build_catalog(converter, raw, options, None, here(), QUIET)
+    assert list(found.refs) == [e for e in expected if isinstance(e, EpisodeRef)]
+    assert found.dropped == [e for e in expected if not isinstance(e, EpisodeRef)]
+    found.remember(tmp_path / "scan.parquet")
+
+    def never(recording, options):
+        raise AssertionError("scanned again")
+
+    unread: Converter = replace(converter, scan=never)
+    again = build_catalog(unread, raw, options, tmp_path / "scan.parquet", here(), QUIET)
+    assert not again.fresh and list(again.refs) == list(found.refs) and again.dropped == found.dropped
+    some = select(again.refs, "frames >= 13 AND suite = 'libero_goal'", None)
+    assert [ref.frames for ref in some] == [13]
+    assert again.refs[-1] == list(found.refs)[-1] and again.refs[1:].source_ids == again.refs.source_ids[1:]
+
+
+def test_a_torn_memory_of_scans_is_as_good_as_none(tmp_path: Path):
+    write_suite(tmp_path / "raw")
+    run_convert(tmp_path / "raw", tmp_path / "out")
+    path = tmp_path / "out/dpipe/journal/scan.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run_convert(tmp_path / "raw", tmp_path / "out").unchanged
+
+
+def test_scans_in_batches_find_the_recording_that_takes_workers_down(tmp_path: Path, monkeypatch):
+    from dpipe.pipeline.execute import Failure
+
+    asked = many(tmp_path)
+    for file in range(9):
+        (asked.raw / f"file{file}.txt").write_text("1")
+    monkeypatch.setattr(module, "RECORDINGS_A_TASK", 3)
+
+    class Deadly(Executor):
+        def results(self, tasks=()) -> Iterator:
+            for key, result in super().results(tasks):
+                first, last = key
+                deadly = first <= 4 < last
+                yield key, Failure("took 3 workers down", killed_workers=True) if deadly else result
+
+    found = build_catalog(
+        load_converter(asked.source),
+        asked.raw,
+        asked.options,
+        None,
+        lambda count: Deadly(StopRequest()),
+        QUIET,
+    )
+    assert [d.source_id for d in found.dropped] == ["file4"] and "3 workers" in found.dropped[0].reason
+    assert found.refs.source_ids == [f"file{n}/000" for n in range(9) if n != 4]
+
+
+def test_receipts_are_the_same_loose_and_finished(tmp_path: Path):
+    asked = replace(many(tmp_path), part_frames=8)
+    (asked.raw / "file.txt").write_text("5")
+    for job in range(2):
+        convert(replace(asked, share=(job, 2)), QUIET)
+    facts = ("source_id", "key", "memo", "content", "frames", "part", "row", "row_group", "at_index")
+
+    def told(receipts: Receipts) -> list:
+        return list(receipts.rows(facts))
+
+    loose = load_receipts(asked.out)
+    assert [row[0] for row in told(loose)] == [f"file/{n:03d}" for n in range(5)]
+    names = {path.name for path in (asked.out / "dpipe/journal/parts").iterdir()}
+    assert names == {f"part-{n:06d}.{kind}" for n in range(3) for kind in ("json", "parquet")}
+    convert(replace(asked, finish_only=True), QUIET)
+    assert told(load_receipts(asked.out)) == told(loose)
+    assert not list((asked.out / "dpipe/journal/parts").iterdir())
+
+
+def test_statistics_of_episodes_are_the_same_in_one_pass_or_beyond_the_limit_none(
+    tmp_path: Path, monkeypatch
+):
+    write_suite(tmp_path / "raw", demos=3)
+    run_convert(tmp_path / "raw", tmp_path / "few")
+    monkeypatch.setattr(finish, "STATISTICS_UP_TO", 2)
+    run_convert(tmp_path / "raw", tmp_path / "many")
+    from dpipe.pipeline.tables import read_columns
+
+    def columns(root: Path) -> list[str]:
+        return read_columns(root / "meta/episodes/chunk-000/file-000.parquet").column_names
+
+    assert any(name.startswith("stats/") for name in columns(tmp_path / "few"))
+    assert not any(name.startswith("stats/") for name in columns(tmp_path / "many"))
+    few, many_ = (json.loads((tmp_path / n / "meta/stats.json").read_text()) for n in ("few", "many"))
+    assert few == many_ and few["timestamp"]["count"] == [11 + 12 + 13]
+
+
+@given(st.dictionaries(st.integers(-5, 50), st.integers(0, 9), min_size=1).filter(lambda d: any(d.values())))
+def test_weighted_statistics_are_those_of_the_rows_written_out(counts: dict[int, int]):
+    values = np.array(sorted(counts), np.float64)
+    weights = np.array([counts[int(v)] for v in values], np.int64)
+    found, expected = weighted_statistics(values, weights), column_statistics(np.repeat(values, weights))
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-12), name
