@@ -100,6 +100,19 @@ def test_weights_are_realised_and_reported(two):
     assert report[0]["passes"] == 6144 / 50
 
 
+def test_the_training_log_carries_realised_shares_beside_the_streams_health(two):
+    pytest.importorskip("torch")
+    from dpipe.trainer.mixed import MixedBatches
+
+    batches = MixedBatches(open_mixture([Member(two[0], 3), Member(two[1], 1)], BARE).endless(), [], [])
+    for _ in range(64):
+        next(batches._batches)
+    figures = batches.health()
+    assert (figures["share_of_a"], figures["share_of_b"]) == (0.75, 0.25)
+    assert figures["samples_per_second"] > 0
+    assert batches._batches.stream.describe().startswith("80 samples; a 75.0%, no frames; b 25.0%")
+
+
 def test_without_weights_members_count_by_their_samples(two):
     stream = open_mixture([Member(two[0]), Member(two[1])], BARE)
     assert stream.samples == 80

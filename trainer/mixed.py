@@ -212,6 +212,12 @@ class MixedBatches(SupervisedBatches):
         super().__init__(batches, lambda index: {})
         self._members, self._joins = members, joins
 
+    def health(self) -> dict[str, float]:
+        """As of any stream, and what share of the samples each dataset has had until now."""
+        source, stream = self._batches.stream.source, self._batches.stream
+        shares = {f"share_of_{told['dataset']}": told["share"] for told in source.proportions(stream)}
+        return super().health() | shares
+
     def __next__(self) -> dict[str, Any]:
         batch = dict(next(self._batches))
         owner = batch.pop("dataset")
