@@ -18,6 +18,7 @@ postprocessor. Weights are loaded strictly: lerobot's default would leave a miss
 import contextlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ HOOKS = {
     "groot": "action_head.action_decoder",
 }
 DETERMINISTIC = {"act"}
+_NOT_LOADED = re.compile("could not load|missing keys|unexpected keys|could not remap", re.IGNORECASE)
 # lerobot's names of normalisation modes -> ours
 MODES = {
     "MEAN_STD": "lerobot_meanstd",
@@ -66,13 +68,21 @@ class LeRobotPolicy:
         config = PreTrainedConfig.from_pretrained(source)
         config.device = device
         self.type: str = config.type
+        said, problem = io.StringIO(), ""
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # lerobot prints that it is loading
+            with contextlib.redirect_stdout(said):
                 self.policy = get_policy_class(self.type).from_pretrained(source, config=config, strict=True)
+            # pi0 and its relatives print what went wrong and go on with random weights.
+            problem = next((line for line in said.getvalue().splitlines() if _NOT_LOADED.search(line)), "")
         except RuntimeError as error:
-            raise DataError(
-                f"lerobot:{source}: its weights do not fit its config\n  {str(error).splitlines()[0]}"
-            ) from None
+            problem = str(error).splitlines()[0]
+        if problem:
+            raise DataError(f"lerobot:{source}: its weights do not fit its config\n  {problem.strip()}")
+        if getattr(config, "use_relative_actions", False):
+            raise UsageError(
+                f"lerobot:{source} acts relative to the state, which residuals and states are not measured in\n"
+                "  Use a policy trained on the dataset's own actions (use_relative_actions false)."
+            )
         self.policy.requires_grad_(False)
         overrides = {"device_processor": {"device": device}}
         self.before, self.after = make_pre_post_processors(
@@ -80,7 +90,8 @@ class LeRobotPolicy:
         )
         self.cameras = tuple(config.image_features)
         self.state_key = "observation.state"
-        self.chunk = int(getattr(config, "chunk_size", None) or getattr(config, "horizon", 1))
+        self.chunk = int(getattr(config, "chunk_size", None) or config.n_action_steps)
+        self.window = int(config.n_obs_steps)
         self.action_dim = int((config.output_features or {})["action"].shape[0])
         self.grippers: tuple[int, ...] = ()  # lerobot regresses grippers as it does the rest
         self.frame_size: tuple[int, int] | None = None  # its own preprocessor resizes
@@ -144,7 +155,9 @@ class LeRobotPolicy:
         batch: dict[str, Any] = {self.state_key: torch.from_numpy(np.asarray(state, dtype=np.float32))}
         for name in self.cameras:
             frames = torch.from_numpy(np.ascontiguousarray(images[name]))
-            batch[name] = frames.permute(0, 3, 1, 2).float() / 255
+            if frames.ndim != (4 if self.window == 1 else 5):
+                raise UsageError(f"lerobot:{self.source} looks at {self.window} frames at once")
+            batch[name] = frames.movedim(-1, -3).float() / 255
         batch["task"] = list(texts)
         return self.before(batch)
 
@@ -188,12 +201,13 @@ class LeRobotAnchor(LeRobotPolicy):
 class LeRobotTeacher(LeRobotPolicy):
     """`Teacher`: hidden states of the first three action tokens, from one frame."""
 
-    window = 1
-
     def __init__(self, source: str, device: str = "cpu", queries: int = 3, seed: int = 0) -> None:
         super().__init__(source, device)
         if self.type not in HOOKS:
-            raise unknown_name("LeRobot policy with action tokens", self.type, HOOKS)
+            raise UsageError(
+                f"lerobot:{source} is a '{self.type}' policy, which has no hidden state per action token\n"
+                f"  known: {', '.join(HOOKS)}.  It can be an anchor:  dpipe precompute residuals --anchor ..."
+            )
         self.queries, self.seed = queries, seed
         self._layer = self.policy.get_submodule(HOOKS[self.type])
         self.width = int(getattr(self._layer, "in_features", 0)) or int(self._probe_width())

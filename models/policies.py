@@ -72,6 +72,7 @@ class AnchorPolicy(Protocol):
 
     cameras: tuple[str, ...]
     chunk: int
+    window: int  # S frames observed, the newest last; an episode's first stands for those before it
     action: Normaliser
     grippers: tuple[int, ...]
     frame_size: tuple[int, int] | None  # what frames may be averaged down to while they are decoded
@@ -90,7 +91,10 @@ class AnchorPolicy(Protocol):
         texts: Sequence[str],
         seeds: NDArray[np.int64],
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """[B, H, W, 3], [B, D], B instructions, seeds [B] -> arm [B, K, A - G] normalised, logits [B, K, G]."""
+        """[B, H, W, 3], [B, D], B instructions, seeds [B] -> arm [B, K, A - G] normalised, logits [B, K, G].
+
+        Frames and states get an axis of S after B where `window` is above 1.
+        """
         ...
 
 
@@ -334,7 +338,7 @@ class EmbeddedAnchor(_Opened):
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         super().__init__(folder, "anchor", device)
-        self.chunk = self.config.queries
+        self.chunk, self.window = self.config.queries, 1
 
     def act(
         self,

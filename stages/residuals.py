@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schemas.chunks import chunk_index
+from ..schemas.chunks import chunk_index, window_index
 from ..schemas.contract import FIXED_VIEW, ArraySpec, digest_of
 from ..schemas.errors import DataError, UsageError
 from ..schemas.folds import fold_of
@@ -36,7 +36,7 @@ from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared,
 from .actions import STATE
 from .gripper import MARGIN, gripper_target, probability
 from .teacher import check_weights, checked_float16
-from .windows import finite_state, frame_wishes, read_sizes, renamed
+from .windows import finite_state, frame_wishes, read_sizes, renamed, window_batches
 
 if TYPE_CHECKING:
     from ..models.policies import AnchorPolicy
@@ -241,17 +241,17 @@ def anchor_chunks(
     """Blocks of frames, and for each draw the anchor's arm [B, K, Da] and gripper logits [B, K, G]."""
     wanted = np.arange(episode.frames) if rows is None else rows
     state, _ = finite_state(episode.columns([STATE])[STATE])
-    sources = [episode.images(camera, wanted, params.batch, sizes[camera]) for camera in names]
-    done = 0
-    for blocks in zip(*sources, strict=True):
-        here = wanted[done : done + len(blocks[0])]
-        done += len(here)
-        images = dict(zip(names.values(), blocks, strict=True))
+    seen = window_index(episode.frames, anchor.window)[0][wanted]
+    for part, windows in window_batches(episode, list(names), seen, params.batch, names, sizes):
+        here = wanted[part]
+        images, robot = windows, state[seen[part]]
+        if anchor.window == 1:
+            images, robot = {camera: frames[:, 0] for camera, frames in windows.items()}, robot[:, 0]
         texts = [episode.text] * len(here)
         found = []
         for draw in range(draws):
             seeds = frame_seeds(episode.content, here, draw, params.seed).astype(np.int64)
-            arm, logit = anchor.act(images, state[here], texts, seeds)
+            arm, logit = anchor.act(images, robot, texts, seeds)
             found.append((arm[:, :chunk], logit[:, :chunk]))
         yield here, found
 

@@ -54,12 +54,13 @@ def window_batches(
 ) -> Iterator[tuple[slice, dict[str, NDArray[np.uint8]]]]:
     """Windows in order, `block` at a time: which ones, and their frames uint8 [B, S, H, W, 3] per camera.
 
-    `index` [W, S] must not go back (neither first nor last frames of windows do). Every frame is decoded once
+    `index` [W, S] must not go back (neither first nor last frames of windows do). Every frame wanted is decoded once
     and kept only while a window still wants it. `names` renames cameras for the model, `sizes` are what each
     camera's frames are decoded to (`read_sizes`).
     """
-    first, last = index.min(axis=1), index.max(axis=1)
-    rows = np.arange(int(last[-1]) + 1)
+    rows, places = np.unique(index, return_inverse=True)
+    places = places.reshape(index.shape)
+    first, last = places.min(axis=1), places.max(axis=1)
     sources = [episode.images(camera, rows, block, (sizes or {}).get(camera)) for camera in cameras]
     held: dict[str, NDArray[np.uint8]] = {}
     kept_from = done = 0
@@ -72,7 +73,7 @@ def window_batches(
             chosen = slice(done, min(done + block, ready))
             yield (
                 chosen,
-                {(names or {}).get(c, c): frames[index[chosen] - kept_from] for c, frames in held.items()},
+                {(names or {}).get(c, c): frames[places[chosen] - kept_from] for c, frames in held.items()},
             )
             done = chosen.stop
         wanted_from = int(first[done]) if done < len(first) else seen
