@@ -20,10 +20,18 @@ COMMANDS: dict[str, dict[str, str]] = {
         "compare": "An ablation: a grid of runs in one table, the paper's figures beside.",
         "plan": "What convert, precompute or train would do.",
     },
+    "Rearranging": {
+        "merge": "One dataset of several; video is copied, not encoded.",
+        "split": "A dataset a split, or by shares.",
+        "select": "A dataset of the episodes that meet a condition.",
+        "export": "The launch line of somebody else's trainer, and what it misses.",
+    },
     "Looking and asking": {
         "status": "What the workspace holds: complete, partial or stale.",
         "doctor": "Is it sound? Datasets, raw recordings, targets, shards.",
         "replay": "Execute converted actions in the simulator.",
+        "info": "What lies at a path.",
+        "diff": "In what two datasets differ.",
         "query": "SQL over episodes, statistics, targets and runs.",
         "report": "One HTML page of pictures: datasets, targets, runs.",
         "picture": "One episode at a glance: frames, actions, coarse bins.",
