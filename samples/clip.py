@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..video.encode import kept_schedule
 
 # Fast settings: the pictures are flat, and a sample need not be small. One thread, so that equal inputs give
 # equal bytes.
@@ -56,7 +59,8 @@ def write_clip(
                 )
                 frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             frame.pts = frames
-            container.mux(stream.encode(frame))
+            with nullcontext() if frames else kept_schedule():  # the first picture opens the encoder
+                container.mux(stream.encode(frame))
             frames += 1
         if stream is not None:
             container.mux(stream.encode(None))

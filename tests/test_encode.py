@@ -1,6 +1,7 @@
 """Frames to samples: the quality promised, the same bytes every time, and tables lerobot probes as its own."""
 
 import io
+import os
 from pathlib import Path
 
 import av
@@ -268,3 +269,12 @@ def test_the_configuration_box_is_the_one_ffmpeg_writes(codec, name, tmp_path):
     assert entry_box(clip.sample_entry, name) == entry_box(theirs.sample_entry, name)
     whole = (tmp_path / "theirs.mp4").read_bytes()
     assert data == b"".join(whole[o : o + s] for o, s in zip(theirs.offsets, theirs.sizes, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies")
+def test_encoding_av1_leaves_the_process_scheduled_as_it_was():
+    """SVT-AV1 makes a process of root's real-time, at the highest priority, and says nothing."""
+    before = os.sched_getscheduler(0)
+    encoded(AV1, moving(2))
+    tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+    assert {os.sched_getscheduler(task) for task in tasks} == {before}

@@ -12,6 +12,7 @@ The same frames give the same bytes; SVT-AV1 and x264 are deterministic with one
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -126,6 +127,26 @@ class EncodedClip:
         return Run(source, start + np.cumsum(self.sizes) - self.sizes, self.sizes, self.sync)
 
 
+@contextmanager
+def kept_schedule() -> Iterator[None]:
+    """Open an encoder without letting it change how this process is scheduled.
+
+    SVT-AV1 asks for SCHED_FIFO at priority 99 whenever it may, which is whenever it runs as root, as in most
+    containers: the process and all its later threads would then starve everything else on the machine.
+    """
+    if not hasattr(os, "sched_getscheduler") or not Path("/proc/self/task").is_dir():
+        yield
+        return
+    policy, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        for task in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):
+                if os.sched_getscheduler(int(task)) != policy:
+                    os.sched_setscheduler(int(task), policy, param)
+
+
 class Encoder:
     """One camera of one episode: `write` blocks of frames in order, then `finish`. Holds a frame or two.
 
@@ -152,7 +173,8 @@ class Encoder:
         context.options = codec.options()
         context.flags |= Flags.global_header  # parameter sets in the sample entry, not in every key frame
         try:
-            context.open()
+            with kept_schedule():
+                context.open()
         except FFmpegError as error:
             raise DataError(
                 f"{codec.encoder} cannot encode {width}x{height} pixels at {fps} fps: {error}."
