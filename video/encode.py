@@ -141,10 +141,10 @@ def kept_schedule() -> Iterator[None]:
     try:
         yield
     finally:
-        for task in os.listdir("/proc/self/task"):
+        for task in [int(entry.name) for entry in Path("/proc/self/task").iterdir()]:
             with suppress(ProcessLookupError):
-                if os.sched_getscheduler(int(task)) != policy:
-                    os.sched_setscheduler(int(task), policy, param)
+                if os.sched_getscheduler(task) != policy:
+                    os.sched_setscheduler(task, policy, param)
 
 
 class Encoder:
