@@ -206,6 +206,8 @@ class Contender:
         command = [python, __file__, "--serve", name, "--folder", str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.memory = 0.0
+
+    def wait_until_ready(self) -> None:
         self._answer()
 
     def _answer(self) -> str:
@@ -565,6 +567,8 @@ def measure(folder: Path, size: int, peers: str | None, rounds: int, seconds: fl
     """Rounds of all contenders at one size, added to what is kept."""
     here, everyone = Rounds(), contenders(folder, peers)
     try:
+        for each in everyone:  # all have begun by now
+            each.wait_until_ready()
         here.run(rounds, {each.name: lambda each=each: each.measure(seconds) for each in everyone})
     finally:
         for each in everyone:
@@ -666,6 +670,7 @@ def main() -> int:
     kept = Kept.begin(OUT / "stream-rounds.json", frames, options.add)
     for size, folder in folders.items():
         measure(folder, size, peers, rounds, seconds, kept)
+        kept.save()
     kept.add("first batch s", [first_batch(million) for _ in range(3)])
     kept.save()
     values = Rounds()
