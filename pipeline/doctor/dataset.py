@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from .checks import (
 from .pictures import Reader, Seen, choose_spans, frames_affordable, watch
 from .recording import ACTION, STATE, EpisodeRows, Gathered
 from .rows import levels_differ
-from .subject import Block, Place, Subject
+from .subject import Block, Place, Subject, is_there
 from .videos import Stretch, VideoFile, open_video_file
 
 # What a problem of numbering makes of the statistics of its column: nothing new.
@@ -60,7 +59,7 @@ def examine_dataset(root: Path, level: Level) -> Report:
     states = _States(subject)
     videos = _examine_videos(subject, examination, states)
     for path in set(subject.broken) - told:
-        if os.path.exists(path) and not _reported(report, subject.name_of(path)):
+        if is_there(path) and not _reported(report, subject.name_of(path)):
             examination.note("unreadable", Found(subject.name_of(path), subject.broken[path]))
     _examine_pictures(subject, examination, videos, states)
     _tell_torn(subject, examination)
@@ -222,8 +221,8 @@ def _readers(
     wanted = dict(spans)
     for video in videos:
         inside = [(i, int(e)) for i, e in enumerate(video.place.episodes) if int(e) in wanted]
-        if not inside or not video.has_stamps:
-            continue
+        if not inside or not video.has_stamps or video.table.fps != subject.fps:
+            continue  # at another rate, as has been told, times lead to other frames
         try:
             reader = open_video(video.place.path)
         except EXPECTED as error:

@@ -309,6 +309,7 @@ def _hung(glimpse: Glimpse, window: Window, enough: int) -> range | None:
     """
     differences = glimpse.differences
     still = differences < FROZEN_LEVELS / 3
+    still[1:-1] |= still[:-2] & still[2:] & (differences[1:-1] < 4 * MOVING_LEVELS)  # a coder may err once
     first = last = window.start - glimpse.start
     while last < len(still) and still[last]:
         last += 1
@@ -427,7 +428,9 @@ def pictures_move_when_the_state_moves(seen: Seen) -> Findings:
         curves = [follow_curve(told, i, lag=0) for i in range(len(told))]
         pooled = late_curve(told)
         delay = max(3, round(LATENCY_S * seen.fps))
-        if abs(pooled.peak) >= delay and pooled.clear and pooled.at(pooled.peak) - pooled.at(0) > 0.15:
+        # A peak at the end of what is looked at is a slope; so is one that hardly rises.
+        inside = delay <= abs(pooled.peak) <= LAG_REACH - 2
+        if inside and pooled.clear and pooled.at(pooled.peak) - pooled.at(0) > 0.2:
             own = [follow_curve(told, i, pooled.peak) for i in range(len(told))]
             if sum(abs(curve.peak - pooled.peak) <= 1 for curve in own) * 3 >= 2 * len(own):
                 fit = f"correlation {pooled.at(pooled.peak):.2f}, {pooled.at(0):.2f} where they stand"

@@ -6,7 +6,6 @@ Source of the rules: lerobot 0.6.1, `datasets/{dataset_metadata,dataset_reader,i
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from itertools import pairwise
@@ -18,7 +17,7 @@ import numpy as np
 from ...schemas.features import DEFAULT_FEATURES
 from ...schemas.problems import ERROR, NOTE, WARN
 from .checks import TABLES, Findings, Found, check
-from .subject import Subject, feature_trouble, numbers_of, template_trouble
+from .subject import Subject, feature_trouble, is_there, numbers_of, template_trouble
 
 REQUIRED_STATISTICS = ("min", "max", "mean", "std", "count")
 QUANTILES = ("q01", "q10", "q50", "q90", "q99")
@@ -34,7 +33,7 @@ def metadata_can_be_read(subject: Subject) -> Findings:
     """info.json, tasks and episodes are there and whole; each file is told once."""
     _ = subject.info, subject.stats, subject.manifest, subject.tasks_table, subject.numbers
     for path, why in subject.broken.items():
-        missing = not os.path.exists(path)
+        missing = not is_there(path)
         yield Found(subject.name_of(path), why, problem="missing-file" if missing else "unreadable")
     if not subject.episode_files:
         yield Found("meta/episodes", "no table of episodes", problem="missing-file")

@@ -354,7 +354,7 @@ class Subject:
         """Every file below data/, meta/ and videos/ by its relative name, with its size; temporary and hidden too."""
         found: dict[str, int] = {}
         for folder in ("data", "meta", "videos"):
-            _list_files(os.path.join(self.root, folder), folder, found)
+            _list_files(f"{self.root}/{folder}", folder, found)
         return found
 
     # --- rows ------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ class Subject:
         if place.path in self._blocks:
             self._blocks.move_to_end(place.path)
             return self._blocks[place.path]
-        if place.path in self.broken or not os.path.isfile(place.path):  # Path.is_file raises on odd names
+        if place.path in self.broken or not is_there(place.path):
             return None
         file = self.open_table(place.path)
         if file is None:
@@ -461,6 +461,14 @@ class Subject:
         except EXPECTED as error:
             self.broken[path] = in_a_line(error)
             return None
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to anything; names longer than the file system allows lead nowhere."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _list_files(folder: str, name: str, found: dict[str, int]) -> None:

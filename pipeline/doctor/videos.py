@@ -6,7 +6,6 @@ times of the frames in the file, so that a shift of one frame, or a tenth of one
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from ...schemas.errors import DataError
 from ...schemas.problems import WARN
 from .checks import VIDEO, Findings, Found, Level, check
-from .subject import Place, Subject
+from .subject import Place, Subject, is_there
 
 if TYPE_CHECKING:
     from ...video.mp4 import SampleTable
@@ -86,7 +85,7 @@ def open_video_file(
     """None, and remembered, where the file has no table that makes sense."""
     from ...video.mp4 import read_table
 
-    if not os.path.isfile(place.path) or place.path.stat().st_size == 0:
+    if not is_there(place.path) or place.path.stat().st_size == 0:
         return None  # `files_are_there` has said so
     try:
         return VideoFile(subject, camera, place, read_table(place.path), seen, states)
