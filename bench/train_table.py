@@ -90,7 +90,9 @@ def prepare(bench: Bench) -> None:
         if not (bench.workspace / "raw" / "libero").is_dir():
             dpipe("sample", "libero", "--episodes", str(bench.episodes))
         dpipe("convert", "libero", "--to", "lerobot")
-    dpipe("precompute", "tokens", "shards", "--short-side", "64", "--dataset", "libero")
+    # Without the probe of the tokens' report, which would take longer than a run.
+    dpipe("precompute", "tokens", "--probe", "none", "--dataset", "libero")
+    dpipe("precompute", "shards", "--short-side", "64", "--dataset", "libero")
     dpipe("precompute", "foresight", "--dataset", "libero")
 
 

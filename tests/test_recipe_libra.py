@@ -50,7 +50,15 @@ def toy_columns(samples: int, steps: int, observed: int, seed: int) -> dict[str,
 
 def train_toy(steps: int = STEPS, seed: int = 0, **options) -> Libra:
     torch.manual_seed(seed)
-    tiny = {"width": 32, "heads": 2, "chunk": 2, "slices": 1, "planner_layers": 1, "refiner_layers": 1}
+    tiny = {
+        "prediction": "epsilon",
+        "width": 32,
+        "heads": 2,
+        "chunk": 2,
+        "slices": 1,
+        "planner_layers": 1,
+        "refiner_layers": 1,
+    }
     config = Config(**tiny | options)
     model = Libra(config, toy_space())
     columns = toy_columns(SAMPLES, config.plan_steps, config.slices, 1)
@@ -289,7 +297,7 @@ def test_a_robot_without_a_gripper_aims_at_the_last_state_shown():
 
 
 def test_the_eyes_learn_first_and_the_curriculum_counts_the_steps_after():
-    looking, acting = RECIPE.phases(Config(), 1000)
+    looking, acting = RECIPE.phases(Config(look_share=0.3), 1000)
     assert (looking.name, looking.steps, acting.steps) == ("look", 300, 700)
     assert [phase.name for phase in RECIPE.phases(Config(eyes="two"), 1000)] == ["train"]
     model = Libra(Config(width=16, heads=2, image_size=8), seeing_space())

@@ -1,7 +1,8 @@
 """Closed loop: the judge is fair, sees what the data showed, and counts honestly."""
 
 # ruff: noqa: E402 - what needs torch is imported once torch is known to be there
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+import dpipe.trainer.evaluate as evaluate_module
 from dpipe.trainer.evaluate import (
     RENDERED,
     Senses,
     as_recorded,
     check_embodiment,
     check_tabletop,
+    evaluate,
     expert_error,
     latency,
     make_policy,
@@ -202,3 +205,50 @@ def test_an_option_that_a_recipes_policy_lacks_is_refused_with_those_it_has():
     make_policy(run, 0, {"refine": False})
     with pytest.raises(UsageError, match=r"no option run at work: it has refine"):
         make_policy(run, 0, {"run": 3})
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run as `train` leaves it, its weights as they were drawn, in a workspace of its own."""
+    from dpipe.trainer.libra import Config, Libra
+    from dpipe.trainer.loop import save_checkpoint
+
+    config = Config(width=16, heads=2, points=2, image_size=16, sample_steps=1)
+    names = (*tuple("xyzabc"), "gripper")
+    room = replace(space(), action_names=names)
+    torch.manual_seed(0)
+    model = Libra(config, room)
+    run_dir = tmp_path_factory.mktemp("workspace") / "runs" / "libra" / "tiny"
+    state = {"step": 7, "optimiser": {}, "progress": model.progress(), "batches": [], "average": 0}
+    save_checkpoint(run_dir / "checkpoints", 7, model, None, state, 1)
+    terms = {"recipe": "libra", "config": asdict(config), "space": room.to_json(), "facts": {}}
+    told = {"terms": terms, "tasks": ["pick up the red cube and place it in the tray"]}
+    (run_dir / "config.json").write_text(json.dumps(told))
+    return run_dir
+
+
+def test_an_evaluation_leaves_its_numbers_its_strip_and_its_video(untrained, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(evaluate_module, "EXPERT_EPISODES", 1)
+    report = evaluate(untrained, episodes=3, limit=6, video=True, say=lambda text: None)
+    assert (report.step, report.episodes, report.successes, report.condition) == (7, 3, 0, "as trained")
+    assert (report.low, report.high) == wilson(0, 3) and report.arm_error > 0
+    assert set(report.latency) == {"plan", "refine"}
+    assert [path.suffix for path in report.files(untrained)] == [".json", ".png", ".mp4"]
+    kept = json.loads((untrained / "evaluation-as-trained.json").read_text())
+    assert kept["successes"] == 0 and kept["low"] == report.low
+    assert Image.open(untrained / "evaluation-as-trained.png").size == (9 * 128, 3 * 144)
+    blind = evaluate(untrained, episodes=1, limit=2, blind=True, language=False, say=lambda text: None)
+    assert blind.condition == "blind no language"
+
+
+def test_the_command_finds_a_run_by_recipe_and_name_and_lists_what_there_is(untrained):
+    from dpipe.commands.evaluate import find_run
+    from dpipe.pipeline.workspace import open_workspace
+
+    workspace = open_workspace(untrained.parents[2])
+    assert find_run(workspace, "libra/tiny") == find_run(workspace, "libra") == untrained
+    assert find_run(workspace, str(untrained)) == untrained
+    with pytest.raises(UsageError, match="found: libra/tiny"):
+        find_run(workspace, "vita")

@@ -40,7 +40,7 @@ from ..models.vlm import Vlm, VlmEncoder, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
-from .loop import Phase
+from .loop import Options, Phase
 from .losses import accuracy, masked_mean, mean_over_processes, valid_steps
 from .policy import observe, timed
 from .recipe import Recipe
@@ -59,9 +59,9 @@ class Config:
     chunk: int = 5  # H: steps executed per refinement
     slices: int = 2  # M: refinements per plan
     phi: str = "implicit"  # implicit | additive
-    prediction: str = "epsilon"  # epsilon | sample
+    prediction: str = "sample"  # sample: learnt sooner [ours] | epsilon (the paper)
     intent: str = "curriculum"  # curriculum | teacher (true bins throughout) | none
-    width: int = 128
+    width: int = 96
     planner_layers: int = 2
     refiner_layers: int = 2
     heads: int = 4
@@ -71,11 +71,11 @@ class Config:
     freeze: tuple[str, ...] = ("vision",)  # of backbones: vision, merger, embeddings, llm, llm[:12]
     lora: int = 0  # rank of the adapters in the VLM's language model; 0: none
     image_size: int = 64
-    points: int = 8
+    points: int = 4
     eyes: str = "one"  # one encoder for both systems [ours] | two: each has its own (the paper)
     waypoint: int = 48  # steps ahead within which the next word to the gripper is sought; 0: not at all
-    lambda_waypoint: float = 1.0
-    look_share: float = 0.3  # of the steps, first: the eyes alone learn, by the waypoint
+    lambda_waypoint: float = 2.0
+    look_share: float = 0.35  # of the steps, first: the eyes alone learn, by the waypoint
     look_lr: float = 5e-3  # meanwhile
     levels: int = 100  # of the noise schedule
     sample_steps: int = 10
@@ -589,4 +589,6 @@ RECIPE = Recipe(
     build=lambda config, space, facts: Libra(config, space),
     phases=_phases,
     policy=LibraPolicy,
+    steps=1600,  # with the options below, some five minutes of one core
+    options=Options(lr=2e-3, ema=0.995),
 )
