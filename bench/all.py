@@ -18,7 +18,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
 RESULTS = HERE / "RESULTS.md"
-BENCHMARKS = ("convert_libero", "convert_video", "convert_calvin", "precompute", "stream", "scale")
+BENCHMARKS = (
+    "convert_libero",
+    "convert_video",
+    "convert_calvin",
+    "precompute",
+    "stream",
+    "scale",
+    "train_wait",
+    "doctor",
+)
 
 
 def table() -> str:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from defects import (
+    DEFECTS,
     FAST,
     FULL,
     SAMPLED,
+    broken,
     edit_column,
     edit_json,
     edit_table,
@@ -163,6 +165,36 @@ def test_everything_that_follows_from_the_rest_is_rebuilt(tmp_path: Path):
     assert old["action"] == new["action"] and set(old) == set(new)
 
 
+def test_lerobot_reads_what_was_mended_as_it_was_before(tmp_path: Path):
+    """Another writer's dataset with its numbering, task table and statistics spoilt: doctor and lerobot agree again."""
+    import shutil
+
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root = tmp_path / "set"
+    shutil.copytree(sound("recorded"), root)
+    for path in sorted((root / "data/chunk-000").iterdir()):
+        edit_column(path, "index", lambda rows: rows[::-1])
+        edit_column(path, "timestamp", lambda rows: [t * 1.01 for t in rows])
+    edit_table(root / "meta/tasks.parquet", lambda table: table.take([1, 0]))
+    edit_json(root / "meta/stats.json", lambda stats: stats["action"]["mean"].__setitem__(0, 4e4))
+    assert {"index", "timestamp", "tasks", "statistics"} <= examine(root).problems
+    fixed = mend(root, tmp_path / "mended").root
+    assert told(fixed, FULL) == []
+    before, after = (
+        LeRobotDataset("local/set", root=path, video_backend="pyav") for path in (sound("recorded"), fixed)
+    )
+    assert len(before) == len(after)
+    for position in (0, 59, 60, len(before) - 1):
+        a, b = before[position], after[position]
+        assert set(a) == set(b) and a["task"] == b["task"]
+        for name in a:
+            assert name == "task" or (a[name] == b[name]).all(), name
+    assert np.allclose(
+        before.meta.stats["action"]["mean"], after.meta.stats["action"]["mean"], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_a_sound_dataset_comes_back_unchanged(tmp_path: Path):
     done = mend(sound("dataset"), tmp_path / "same")
     assert done.changed == ()
@@ -225,6 +257,28 @@ def test_a_dropped_episode_is_listed_under_the_doctors_names(tmp_path: Path):
     (line,) = (tmp_path / "out/dpipe/dropped.jsonl").read_text().splitlines()
     assert json.loads(line)["checks"] == ["not-finite"] == list(problems_of(result.dropped[0].reason))
     assert "not-finite" in examine(raw).problems
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a nan in a demonstration",
+        "a camera a frame short",
+        "two arrays that should agree",
+        "a frame that is missing",
+        "a hand turned inside out",
+        "a video a frame short",
+        "a joint that is nan",
+        "an agibot camera that is missing",
+    ],
+)
+def test_conversion_and_doctor_give_a_defect_the_same_name(name: str, tmp_path: Path):
+    (one,) = [each for each in DEFECTS if each.name == name]
+    raw = broken(one, tmp_path)
+    run_convert(raw, tmp_path / "out", one.base.removeprefix("raw "))
+    lines = [json.loads(line) for line in (tmp_path / "out/dpipe/dropped.jsonl").read_text().splitlines()]
+    said = {check for line in lines for check in line["checks"]}
+    assert one.problem in said and said <= examine(raw).problems
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------
