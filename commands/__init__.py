@@ -24,6 +24,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "merge": "One dataset of several; video is copied, not encoded.",
         "split": "A dataset a split, or by shares.",
         "select": "A dataset of the episodes that meet a condition.",
+        "push": "A dataset to the Hugging Face Hub, after a look at its licence.",
         "export": "The launch line of somebody else's trainer, and what it misses.",
     },
     "Looking and asking": {
@@ -34,7 +35,9 @@ COMMANDS: dict[str, dict[str, str]] = {
         "diff": "In what two datasets differ.",
         "query": "SQL over episodes, statistics, targets and runs.",
         "report": "One HTML page of pictures: datasets, targets, runs.",
+        "view": "One episode in lerobot's viewer.",
         "picture": "One episode at a glance: frames, actions, coarse bins.",
+        "completion": "What makes bash, zsh or fish complete our words.",
     },
 }
 _MODULES = {"finish": "convert"}  # where the module is not called as the command is

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
+from .completion import complete_dataset
 from .options import common, open_space
 
 TRAINERS = ("pi0", "pi05", "smolvla", "xvla", "groot", "openpi", "starvla")
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("--for", "trainer", required=True, type=click.Choice(TRAINERS), help="The trainer.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for its files.  [export/TRAINER/DATASET]"

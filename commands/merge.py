@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import UsageError
+from .completion import complete_dataset
 from .options import answer, common, open_space, show_progress
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("datasets", nargs=-1, required=True, metavar="DATASET...")
+@click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", shell_complete=complete_dataset)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [lerobot/NAME]")
 @click.option("--name", default="", help="Name of the new dataset.  [that of --out]")
 @common

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from .completion import complete_dataset
 from .merge import place, show_made
 from .options import common, open_space, show_progress
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("--where", required=True, help="SQL condition over episodes; columns: dpipe query --schema.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N of them.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [lerobot/NAME]")

@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from ..schemas.errors import UsageError
+from .completion import complete_dataset
 from .merge import show_made
 from .options import common, open_space, show_progress
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("--into", help="Names and shares, e.g. train=0.9,test=0.1.  [the dataset's own splits]")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write them in.  [beside the dataset]")
 @common

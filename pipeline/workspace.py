@@ -14,6 +14,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,11 @@ class Workspace:
         given = Path(name_or_folder)
         if (given / "meta").is_dir() or (given / "dpipe").is_dir():
             return given
-        known = ", ".join(p.name for p in self.datasets()) or "(none yet: dpipe convert SOURCE --to lerobot)"
-        raise UsageError(f"no dataset '{name_or_folder}' in {self.root / 'lerobot'}\n  found: {known}")
+        names = [p.name for p in self.datasets()]
+        known = ", ".join(names) or "(none yet: dpipe convert SOURCE --to lerobot)"
+        nearest = get_close_matches(name_or_folder, names, n=1)
+        hint = f"  Did you mean '{nearest[0]}'?" if nearest else ""
+        raise UsageError(f"no dataset '{name_or_folder}' in {self.root / 'lerobot'}{hint}\n  found: {known}")
 
 
 def open_workspace(folder: Path | None) -> Workspace:
