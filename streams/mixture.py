@@ -34,7 +34,8 @@ from ..schemas.unified import DIM, unify_action, unify_state
 from .dataset import Dataset, open_dataset
 from .health import Health
 from .order import MixtureOrder, Shuffle, block_counts
-from .stream import Batch, Source, Stream, StreamSpec, cores, open_source
+from .source import Batch, Source, StreamSpec
+from .stream import Stream, cores, open_source
 
 if TYPE_CHECKING:
     import pyarrow as pa

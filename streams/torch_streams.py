@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .stream import Batch, Stream
+from .source import Batch
+from .stream import Stream
 
 MAX_WORKERS = 512
 

@@ -22,7 +22,8 @@ from dpipe.streams.order import Shuffle
 from dpipe.streams.rows import DatasetRows, Fit
 from dpipe.streams.shard_writing import write_shards
 from dpipe.streams.shards import ShardRows
-from dpipe.streams.stream import StreamSpec, cores, open_stream, paired_dims
+from dpipe.streams.source import paired_dims
+from dpipe.streams.stream import StreamSpec, cores, open_stream
 from dpipe.streams.windows import Samples
 from small_datasets import number_of, write_dataset
 
