@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..schemas.errors import UsageError
 from .convert import default_request, plan_request
 from .datasets import find_datasets, targets_folder, unmade_sources
 from .options import (
@@ -101,6 +102,11 @@ def precompute(
 
     space = open_space(workspace)
     scheduler = find_scheduler(space, scheduler)
+    if where:
+        raise UsageError(
+            "targets are of whole datasets: a loader refuses one that lacks episodes\n"
+            f'  next: dpipe select DATASET --where "{where}" --name PART   and precompute --dataset PART'
+        )
     if not stages:
         _list_stages(space, datasets, out, as_json)
         return

@@ -137,6 +137,8 @@ def train(
     if len(groups) > 1:
         stop_at_several(groups, recipe, _mixing_problem(recipe))
     mixing = mix is not None or len(groups) > 1
+    if mixing and where:
+        raise UsageError("--where chooses episodes of one dataset: make those to mix with  dpipe select")
     if not mixing and len(roots) > 1:
         listed = ", ".join(root.name for root in roots)
         raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
@@ -180,10 +182,12 @@ def train(
         weights = settings.get("weights", {})
         result = train_mixed(recipe, roots, run_dir, targets=folders, weights=weights, **common)
     else:
+        from ..pipeline.query import select_episodes
         from ..trainer.run import train as run
 
         targets = targets_folder(space, roots[0])
-        result = run(recipe, roots[0], run_dir, targets=targets, **common)
+        only = select_episodes(roots[0], where)
+        result = run(recipe, roots[0], run_dir, targets=targets, only=only, **common)
     facts = {
         "run": str(result.run_dir),
         "recipe": recipe,

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..converters import Converter, load_converter
 from ..schemas.episode import Dropped, EpisodeRef, Recording, Segment
-from ..schemas.errors import DataError, UsageError
+from ..schemas.errors import DataError
 from ..schemas.features import CameraFeature
 from .execute import Executor, Failure, Task, attempt
 from .payload import file_memo
@@ -442,19 +442,9 @@ def select(refs: Refs, where: str | None, limit: int | None) -> Refs:
     """Episodes that meet an SQL condition over the catalogue, then the first `limit` of them."""
     chosen = refs
     if where:
-        import duckdb
+        from .query import select_rows
 
-        episodes = _sql_table(refs)
-        try:
-            connection = duckdb.connect(config={"enable_external_access": False})
-            connection.register("episodes", episodes)
-            found = connection.execute(f"SELECT row FROM episodes WHERE {where} ORDER BY row").fetchnumpy()
-        except duckdb.Error as error:
-            raise UsageError(
-                f"--where cannot be evaluated: {str(error).splitlines()[0]}\n"
-                f"  columns: {', '.join(n for n in episodes.column_names if n != 'row')}"
-            ) from error
-        chosen = refs.take(np.asarray(found["row"], np.int64))
+        chosen = refs.take(np.asarray(select_rows(_sql_table(refs), where), np.int64))
     return chosen if limit is None else chosen[:limit]
 
 

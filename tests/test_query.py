@@ -287,3 +287,33 @@ def test_statistics_of_a_camera_are_its_colours(tmp_path: Path):
         (1, "green", 0.5, 5),
         (2, "blue", 0.5, 5),
     ]
+
+
+def test_every_command_reads_a_condition_with_one_function(space: Workspace):
+    """convert asks over its catalogue, train and select over a dataset: the same words, the same refusal."""
+    from dpipe.pipeline import catalog
+
+    assert "select_rows" in catalog.select.__code__.co_names
+    words = ["--workspace", str(space.root), "--where", "framess > 1"]
+    told = CliRunner().invoke(cli, ["select", "ours", "--name", "x", *words])
+    assert isinstance(told.exception, UsageError) and "columns: dataset" in str(told.exception)
+    refused = CliRunner().invoke(cli, ["precompute", "stats", "--dataset", "ours", *words])
+    assert isinstance(refused.exception, UsageError) and "dpipe select" in str(refused.exception)
+
+
+def test_training_learns_from_the_episodes_that_meet_the_condition(space: Workspace):
+    pytest.importorskip("torch", reason="torch is not installed")
+    from types import SimpleNamespace
+
+    from dpipe.streams.dataset import open_dataset
+    from dpipe.trainer.run import _episodes
+
+    dataset = open_dataset(space.dataset("ours"))
+    only = select_episodes(dataset.root, "suite = 'goal'")
+    plain = SimpleNamespace(episodes=None)
+    folds = SimpleNamespace(episodes=lambda config, contents: [i != 1 for i in range(len(contents))])
+    assert _episodes(plain, None, dataset, "all", None) is None
+    assert _episodes(plain, None, dataset, "all", only).tolist() == [1, 2]
+    assert _episodes(folds, None, dataset, "all", only).tolist() == [2]
+    with pytest.raises(UsageError, match="is left to train on"):
+        _episodes(plain, None, dataset, "all", [])

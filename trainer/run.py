@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ..models.vlm import checkpoint_digests, words_of
-from ..schemas.contract import plain
+from ..schemas.contract import digest_of, plain
 from ..schemas.errors import DataError, UsageError
 from ..schemas.normalisers import DEFAULT_MODE, Normaliser, make_normaliser
 from ..streams.dataset import Dataset, contents_digest, open_dataset
@@ -80,13 +80,15 @@ def train(
     stop_after: int | None = None,
     preset: str = "",
     track: Sequence[str] = (),
+    only: Sequence[int] | None = None,
 ) -> Result:
     """Train `recipe` on a dataset; see the module text for what lies in `run_dir` afterwards.
 
     `config` and `options` override the recipe's `Config` and the loop's `Options` by name (values or words), and
     both go before a `preset`'s (`presets.py`).
     `targets` is the folder of targets where it is not the dataset's own; `frames` as for `open_stream`.
-    `stop_after` leaves after so many steps of this call, with `Interrupted`. `track`: see `track.py`.
+    `stop_after` leaves after so many steps of this call, with `Interrupted`. `track`: see `track.py`. `only` are
+    the episodes to learn from, out of those of the split.
     """
     made, named = open_recipe(recipe), preset_of(recipe, preset)
     resolved = resolve(recipe, made.config, {**named.config, **(config or {})})
@@ -97,7 +99,7 @@ def train(
     space = space_of(dataset, folders)
     facts = made.facts(resolved, folders)
     spec = made.spec(resolved, space, facts)
-    episodes = _episodes(made, resolved, dataset, split)
+    episodes = _episodes(made, resolved, dataset, split, only)
 
     def open_batches(phase: Phase, rank: int, world: int) -> "SupervisedBatches":
         share = chosen.batch_size // (world * chosen.accumulate)
@@ -132,6 +134,7 @@ def train(
             "split": split,
             "dataset": dataset_digest(dataset),
             "targets": {name: contract.digest for name, contract in supervision.contracts.items()},
+            **({} if only is None else {"only": digest_of(sorted(only))}),
         },
         provenance={
             "dataset_root": str(dataset.root),
@@ -305,13 +308,17 @@ def _targets(recipe: Recipe, config: Any, dataset: Dataset, folder: Path | None)
     return open_targets(dataset, requests, horizon, folder, expect)
 
 
-def _episodes(recipe: Recipe, config: Any, dataset: Dataset, split: str) -> "np.ndarray | None":
-    """Episode numbers of the split that the recipe trains on; None where it takes them all."""
-    if recipe.episodes is None:
+def _episodes(
+    recipe: Recipe, config: Any, dataset: Dataset, split: str, only: Sequence[int] | None
+) -> "np.ndarray | None":
+    """Episode numbers of the split that the recipe trains on, of `only` where given; None: it takes them all."""
+    if recipe.episodes is None and only is None:
         return None
     every = np.array(dataset.episodes_in(split), dtype=np.int64)
-    contents = dataset.contents()
-    wanted = np.array(recipe.episodes(config, [contents[e] for e in every]), dtype=bool)
+    wanted = np.ones(len(every), bool) if only is None else np.isin(every, np.asarray(only, np.int64))
+    if recipe.episodes is not None:
+        contents = dataset.contents()
+        wanted &= np.array(recipe.episodes(config, [contents[e] for e in every]), dtype=bool)
     if not wanted.any():
         raise UsageError(f"no episode of {dataset.root}, split '{split}', is left to train on")
     return None if wanted.all() else every[wanted]
