@@ -143,7 +143,7 @@ def average(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
     from PIL import Image
 
     box = Image.Resampling.BOX
-    return np.stack([np.asarray(Image.fromarray(image).resize(size[::-1], box)) for image in images])
+    return np.stack([np.asarray(Image.fromarray(image).resize((size[1], size[0]), box)) for image in images])
 
 
 @lru_cache(maxsize=16)

@@ -161,7 +161,7 @@ class EmbeddedFlow:
         self.network.to(device).eval().requires_grad_(False)
         self.action = Normaliser.from_json(told["action"])
         self.cameras, self.chunk, self.future = self.config.cameras, self.config.chunk, self.config.future
-        self.frame_size = (self.config.image_size, self.config.image_size)
+        self.frame_size: tuple[int, int] | None = (self.config.image_size, self.config.image_size)
         self._told, self._device = told, device
         hasher = xxhash.xxh3_128()
         for name, value in sorted(weights.items()):

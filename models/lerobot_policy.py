@@ -90,7 +90,7 @@ class LeRobotPolicy:
         )
         self.cameras = tuple(config.image_features)
         self.state_key = "observation.state"
-        self.chunk = int(getattr(config, "chunk_size", None) or config.n_action_steps)
+        self.chunk = int(getattr(config, "chunk_size", None) or getattr(config, "n_action_steps", 1))
         self.window = int(config.n_obs_steps)
         self.action_dim = int((config.output_features or {})["action"].shape[0])
         self.grippers: tuple[int, ...] = ()  # lerobot regresses grippers as it does the rest
@@ -243,12 +243,13 @@ class LeRobotTeacher(LeRobotPolicy):
         return torch.cat(rows)[:, None].numpy()
 
     def decoder(self) -> ActionDecoder:
-        """The policy's last layer as a decoder; only a Linear can be handed to a student."""
+        """The policy's last layer as a decoder: a single linear map that says the action itself."""
         import torch
 
-        if not isinstance(self._layer, torch.nn.Linear):
+        if self.stochastic or not isinstance(self._layer, torch.nn.Linear):
+            why = "says a step of denoising, not an action" if self.stochastic else "is no linear map"
             raise UsageError(
-                f"lerobot:{self.source}: the last layer of '{self.type}' is no linear map, so it cannot be reused\n"
+                f"lerobot:{self.source}: the last layer of '{self.type}' {why}, so it cannot be reused\n"
                 "  Use an ACT policy or the embedded teacher for VITA."
             )
         decoder = ActionDecoder(self.width, self.action_dim, (), trunk=False, bounded=False)

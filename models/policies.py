@@ -279,7 +279,7 @@ class _Opened:
         self.config, self._told, self._device = config, told, device
         self.action = Normaliser.from_json(told["action"])
         self.cameras, self.grippers, self.width = config.cameras, config.grippers, config.width
-        self.frame_size = (config.image_size, config.image_size)
+        self.frame_size: tuple[int, int] | None = (config.image_size, config.image_size)
         hasher = xxhash.xxh3_128()
         for name, value in sorted(weights.items()):
             hasher.update(name.encode())

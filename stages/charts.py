@@ -77,7 +77,7 @@ def _panel(
         return x, y0 + (y1 - y0) * (value - low) / (high - low)
 
     for value in np.arange(low, high + step / 2, step):
-        y = at(0, value)[1]
+        y = at(0, float(value))[1]
         draw.line([(x0, y), (x1, y)], fill="#E4E4E4")
         draw.text((x0 - 6, y), f"{value + 0.0:.3g}", fill="#404040", font=font, anchor="rm")
     for i, tick in enumerate(ticks):

@@ -357,12 +357,12 @@ def _held_out_scores(
     scores = {}
     for n in numbers:
         table = np.concatenate([each[n] for each in found])  # [rows, 3, D]
-        means = table.mean(axis=0)
+        bits_each, top1, squared = table.mean(axis=0).tolist()
         bits = table[:, 0, kept].mean(axis=1) if len(kept) else table[:, 0].mean(axis=1)
         of_episode = np.array([bits[owner == e].mean() for e in np.unique(owner)])
         several = len(of_episode) > 1
         error = float(of_episode.std(ddof=1) / np.sqrt(len(of_episode))) if several else float("nan")
-        scores[n] = Scores(*means.tolist(), error)
+        scores[n] = Scores(bits_each, top1, squared, error)
     return scores, tested, made
 
 
