@@ -23,12 +23,11 @@ def completion(shell: str) -> None:
     dpipe completion bash >> ~/.bashrc
     dpipe completion fish > ~/.config/fish/completions/dpipe.fish
     """
-    from ..cli import cli
-
+    whole = click.get_current_context().find_root().command
     made = get_completion_class(shell)
     assert made is not None, "click knows all three"
     click.echo(f"# {WHERE[shell]}")
-    click.echo(made(cli, {}, "dpipe", "_DPIPE_COMPLETE").source())
+    click.echo(made(whole, {}, "dpipe", "_DPIPE_COMPLETE").source())
 
 
 def complete_dataset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
