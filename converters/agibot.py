@@ -27,11 +27,13 @@ from ..schemas.episode import Dropped, Embodiment, Episode, EpisodeRef, FrameSou
 from ..schemas.errors import DataError
 from ..schemas.features import CameraFeature, Feature
 from . import Converter
+from .agibot_cameras import read_intrinsic, read_poses
 from .agibot_files import (
     Place,
     Source,
     find_recordings,
     open_proprio,
+    parameter_files,
     proprio_only,
     root_of,
     segments_of,
@@ -191,6 +193,16 @@ WRENCH = Feature(
     unit="N, N m",
     description="0 where not recorded",
 )
+POSED_CAMERAS = ("head", "hand_left", "hand_right")
+POSE_PARTS = ("x", "y", "z", *(f"rot6d_{i}" for i in range(6)))
+CAMERA_POSE = Feature(
+    "camera_pose",
+    "float32",
+    tuple(f"{camera}_{part}" for camera in POSED_CAMERAS for part in POSE_PARTS),
+    unit="m, 1",
+    frame="base",
+    description="where the cameras are: x right, y down, z forward (OpenCV); identity where not recorded",
+)
 RECORDED = Feature("recorded", "bool", OPTIONAL, description="which optional quantities the recording has")
 ACTION_SENT = Feature(
     "action_sent", "bool", ACTION_GROUPS, description="whether the control source sent a signal in the frame"
@@ -267,10 +279,12 @@ def episode_columns(
     }
     if not dexterous:
         columns[GRIPPER_RAW.name] = raw.effector
-    for feature in (BASE_POSE, BASE_VELOCITY, JOINT_CURRENT, WRENCH):
+    for feature in (BASE_POSE, BASE_VELOCITY, JOINT_CURRENT, WRENCH, CAMERA_POSE):
         columns[feature.name] = raw.optional.get(feature.name, np.zeros((frames, feature.dim)))
     if BASE_POSE.name not in raw.optional:
         columns[BASE_POSE.name][:, 6] = 1.0  # a quaternion of zeros is no rotation
+    if CAMERA_POSE.name not in raw.optional:
+        columns[CAMERA_POSE.name] = np.tile([0.0, 0, 0, 1, 0, 0, 0, 1, 0], (frames, len(POSED_CAMERAS)))
     columns = {name: column.astype(np.float32) for name, column in columns.items()}
     columns[CAPTURE_TIME.name] = raw.time_ns
     columns[RECORDED.name] = np.tile([name in raw.optional for name in OPTIONAL], (frames, 1))
@@ -331,7 +345,8 @@ class Scan:
         if self.options.instruction == "task-scene" and info.scene:
             text = f"{info.name} | {info.scene}"
         pictures = depth[1] if depth else []
-        used = [source.proprio, *(place for _, place in cameras), *pictures[:1]]
+        poses, known = self.parameters(variant, raw.frames)
+        used = [source.proprio, *(place for _, place in cameras), *pictures[:1], *poses.values()]
         files = tuple(dict.fromkeys(place.path for place in used))
         where = {path: i for i, path in enumerate(files)}
         locator: dict[str, Any] = {
@@ -339,6 +354,10 @@ class Scan:
             "cameras": {camera.key: [where[place.path], *place[1:]] for camera, place in cameras},
             "scale": list(scale),
         }
+        if poses:
+            locator["poses"] = {name: [where[place.path], *place[1:]] for name, place in poses.items()}
+        if known:
+            facts["intrinsics"] = known
         sizes = [camera for camera, _ in cameras]
         if depth:
             sizes.append(depth[0])
@@ -451,6 +470,27 @@ class Scan:
             self.problems.append(f"no {', '.join(missing)}")
         return found
 
+    def parameters(self, variant: str, frames: int) -> tuple[dict[str, Place], dict[str, list[float]]]:
+        """(places of the poses of all of POSED_CAMERAS, or none; pinhole constants by camera key)."""
+        files = parameter_files(self.root, self.source.task, self.source.episode)
+        hands = HANDS["dexhand" if variant.startswith("dexhand") else "gripper"]
+        poses, known = {}, {}
+        for name, key in zip(POSED_CAMERAS, ("head", *hands), strict=True):
+            place = files.get(f"{key}_intrinsic_params.json")
+            constants = read_intrinsic(place) if place else None
+            if constants is not None:
+                known[key] = constants
+            place = files.get(f"{key}_extrinsic_params_aligned.json")
+            if place is not None:
+                found, odd = read_poses(place, frames)
+                if found is not None:
+                    poses[name] = place
+                else:
+                    self.notes.append(
+                        f"{key}_extrinsic_params_aligned.json has {odd}: no camera poses are kept"
+                    )
+        return (poses if len(poses) == len(POSED_CAMERAS) else {}), known
+
     def depth(self, frames: int) -> tuple[CameraFeature, list[Place]] | None:
         names = sorted(
             n for n in self.source.places if n.startswith("depth/head_depth_") and n.endswith(".png")
@@ -493,6 +533,12 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
     if raw is None or raw.frames != ref.frames:
         reason = "; ".join(problems) or "the file changed while it was converted"
         raise DataError(f"{ref.source_id}: {reason}")
+    if "poses" in where:
+        found = [read_poses(place(*where["poses"][name]), raw.frames)[0] for name in POSED_CAMERAS]
+        if any(pose is None for pose in found):
+            raise DataError(f"{ref.source_id}: camera parameters changed while it was converted")
+        known = [np.asarray(pose, np.float64) for pose in found if pose is not None]
+        raw.optional[CAMERA_POSE.name] = np.concatenate(known, axis=1)
     opened, closed = where["scale"]
     cameras: dict[str, VideoClip | FrameSource] = {}
     for camera in ref.cameras:
@@ -515,7 +561,7 @@ def embodiment(options: Options, variant: str) -> Embodiment:
     rule = "next state, the last repeated" if takes_next_state(options, variant) else "as stored in the file"
     sidecar = [CAPTURE_TIME, END_POSE, NEXT_END_POSE, stored_action_feature(variant), ACTION_SENT]
     sidecar += [] if dexterous else [GRIPPER_RAW]
-    sidecar += [BASE_POSE, BASE_VELOCITY, JOINT_CURRENT, WRENCH, RECORDED]
+    sidecar += [BASE_POSE, BASE_VELOCITY, JOINT_CURRENT, WRENCH, CAMERA_POSE, RECORDED]
     conventions: dict[str, Any] = {
         "action": "joint_pos_absolute",
         "action_rule": {
@@ -527,6 +573,7 @@ def embodiment(options: Options, variant: str) -> Embodiment:
         if dexterous
         else "raw reading scaled by the gripper's own range to 0 open, 1 closed",
         "state_frame": "joints",
+        "camera_pose": "camera to base; x right, y down, z forward (OpenCV); rot6d by columns",
         "end_pose_frame": "base: x forward, y left, z up; arm flanges, z out of the hand",
         "quaternion_order": "xyzw",
         "arm_order": "left, right",
@@ -560,7 +607,7 @@ def keeps_rate(options: Options) -> str:
 
 CONVERTER = Converter(
     name="agibot",
-    version=1,
+    version=2,
     Options=Options,
     find=find,
     scan=scan,

@@ -3,6 +3,7 @@
     task_info/task_<task>.json
     observations/<task>/<episode>/{videos,tactile,depth}/...     or /<first>-<last>/<episode>/..., or <first>-<last>.tar
     proprio_stats/<task>/<episode>/proprio_stats.h5              or proprio_stats/<first>-<last>.tar
+    parameters/<task>/<episode>/parameters/camera/*.json         or parameters/<first>-<last>.tar; not always there
 
 Tars are uncompressed and read in place. The numbers in their names are episode ids; not every id between them is
 inside. Episodes without videos, and videos without episode, are common in the release.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 KINDS = ("task_info", "observations", "proprio_stats")
 _MEMBER = re.compile(r"(?:.*/)?(\d+)/((?:videos|tactile|depth)/[^/]+)")
 _PROPRIO = re.compile(r"(?:.*/)?(\d+)/(\d+)/proprio_stats\.h5")
+_PARAMETERS = re.compile(r"(?:.*/)?(\d+)/(\d+)/(?:parameters/)?camera/([^/]+\.json)")
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
@@ -163,6 +165,23 @@ def _proprio(root: Path, task: int, first: int, last: int) -> dict[int, Place]:
     return found
 
 
+def parameter_files(root: Path, task: int, episode: int) -> dict[str, Place]:
+    """An episode's camera parameters by file name, {} where a copy lacks them."""
+    parent = root / "parameters"
+    folder = _episodes(parent / str(task)).get(episode)
+    for place in (folder / "parameters" / "camera", folder / "camera") if folder else ():
+        if place.is_dir():
+            return {path.name: _whole(path) for path in sorted(place.glob("*.json"))}
+    found: dict[str, Place] = {}
+    for first, last, path in _tars(parent):
+        if first <= episode <= last:
+            for name, member in _index(path, False).members.items():
+                match = _PARAMETERS.fullmatch(name)
+                if match and (int(match[1]), int(match[2])) == (task, episode):
+                    found[match[3]] = Place(path, member.offset, member.size)
+    return found
+
+
 def _numbered(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
@@ -197,7 +216,8 @@ def _index(path: Path, depth: bool) -> TarIndex:
 @lru_cache(maxsize=64)
 def _read_index(path: Path, size: int, mtime_ns: int, depth: bool) -> TarIndex:
     # Depth pictures are a hundred times as many as the rest: listed only when they are wanted.
-    return index_tar(path, lambda name: name.endswith((".mp4", ".h5")) or (depth and name.endswith(".png")))
+    kinds = (".mp4", ".h5", ".json", ".png") if depth else (".mp4", ".h5", ".json")
+    return index_tar(path, lambda name: name.endswith(kinds))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SIDES = ("left", "right")
 ACTION_GROUPS = ("joint", "effector", "end", "head", "waist", "robot")
-OPTIONAL = ("base_pose", "base_velocity", "joint_current", "wrench")
+OPTIONAL = ("base_pose", "base_velocity", "joint_current", "wrench", "camera_pose")
 SAME = 1e-6  # rad: an action this close to the state is the state
 # Raw gripper readings: open, closed.
 GRIPPER_RANGES = {"0:120": (0.0, 120.0), "35:120": (35.0, 120.0)}

@@ -326,6 +326,9 @@ def look_at_pictures(split: Split, ids: NDArray[np.int64], options: Options) -> 
                 wrist = "rgb_gripper" in npz.members
                 cameras, member_bytes = [], {}
                 for camera in list_cameras(options, wrist):
+                    flag = next((name for name in ("depth", "tactile") if name in camera.member), "")
+                    if flag and camera.member not in npz.members:
+                        raise DataError(f"no '{camera.member}': a stripped copy, which converts without --{flag}")
                     pixels = npz.array(camera.member)
                     if pixels.ndim != camera.ndim or pixels.dtype.kind != camera.kind:
                         raise DataError(f"'{camera.member}' is {pixels.dtype} {pixels.shape}")
@@ -591,6 +594,8 @@ class Scan:
             return Dropped(cut.source_id, names, "; ".join(reasons), remedy, self.recording.split)
         dataset = self.split.name.rsplit("/", 1)[0]
         facts = {"dataset": dataset, "raw_split": raw_split(self.split.name), "scene": scene}
+        if self.index.annotated_by:
+            facts["annotations"] = f"{self.index.annotated_by} {self.index.annotated_as}"
         return EpisodeRef(
             source_id=cut.source_id,
             split=self.recording.split,

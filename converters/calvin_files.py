@@ -7,6 +7,7 @@ is read once. The folder, of up to 2.3 million files, is never listed to find fr
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from array import array
@@ -265,6 +266,7 @@ class Index:
     windows: tuple[Window, ...]  # sorted by start
     scenes: Mapping[str, tuple[int, int]]  # letter -> first and last frame; {} without scene_info.npy
     annotated_by: str  # the file the windows come from, "" where there is none
+    annotated_as: str  # digest of that file: labels of ABC and ABCD were wrong before September 2022
     notes: tuple[str, ...]
 
 
@@ -308,7 +310,9 @@ def _read_index(place: Path, name: str, annotations: str, stamps: tuple[tuple[in
     if source and not source.startswith(f"{annotations}/"):
         notes.append(f"no {annotations}/auto_lang_ann.npy; the windows are those of {source}")
     windows = _read_windows(data, source) if data is not None else []
-    return Index(plays, tuple(windows), _read_scenes(scenes) if scenes else {}, source, tuple(notes))
+    digest = hashlib.blake2b(data, digest_size=8).hexdigest() if data is not None else ""
+    known = _read_scenes(scenes) if scenes else {}
+    return Index(plays, tuple(windows), known, source, digest, tuple(notes))
 
 
 def _annotations(split: Split, wanted: str) -> tuple[str, bytes | None]:

@@ -164,3 +164,8 @@ def pack(raw: Path, task: int = 327) -> None:
     with tarfile.open(proprio_folder / name, "w") as archive:
         archive.add(proprio_folder / str(task), str(task))
     shutil.rmtree(proprio_folder / str(task))
+    parameters = raw / "parameters"
+    if parameters.is_dir():
+        with tarfile.open(parameters / name, "w") as archive:
+            archive.add(parameters / str(task), str(task))
+        shutil.rmtree(parameters / str(task))

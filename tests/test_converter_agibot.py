@@ -10,7 +10,7 @@ import pytest
 from dpipe.converters import agibot, load_converter
 from dpipe.converters.agibot import Options
 from dpipe.converters.agibot_files import segments_of
-from dpipe.converters.agibot_proprio import gripper_range, load
+from dpipe.converters.agibot_proprio import OPTIONAL, gripper_range, load
 from dpipe.schemas.episode import Dropped, Episode, EpisodeRef, VideoClip
 from dpipe.schemas.errors import DataError, UsageError
 from dpipe.schemas.features import check_columns
@@ -291,7 +291,7 @@ def test_empty_arrays_are_masked_and_no_quaternion_is_ever_zero(tmp_path: Path):
 
     columns = episode(write_episode(tmp_path, change=change)).columns
     recorded = dict(zip(agibot.RECORDED.names, columns["recorded"][0].tolist(), strict=True))
-    assert recorded == {"base_pose": False, "base_velocity": False, "joint_current": True, "wrench": False}
+    assert recorded == dict.fromkeys(agibot.RECORDED.names, False) | {"joint_current": True}
     assert columns["base_pose"][0].tolist() == [0, 0, 0, 0, 0, 0, 1]
     assert not columns["action_sent"][:, agibot.ACTION_SENT.names.index("robot")].any()
 
@@ -304,7 +304,9 @@ def test_a_quaternion_of_zeros_counts_as_not_recorded(tmp_path: Path):
 
 
 def test_what_is_recorded_is_kept(tmp_path: Path):
-    columns = episode(write_episode(tmp_path, change=put("state/end/wrench", np.full((60, 12), 3.0)))).columns
+    write_episode(tmp_path, change=put("state/end/wrench", np.full((60, 12), 3.0)))
+    write_parameters(tmp_path, 60)
+    columns = episode(tmp_path).columns
     assert columns["recorded"].all()
     assert columns["base_pose"][0].tolist() == pytest.approx([0.3, 0.1, 0, 0, 0, 0.6, 0.8])
     assert columns["base_velocity"][0].tolist() == pytest.approx([0.2, -0.1])
@@ -494,14 +496,69 @@ def test_missing_depth_matters_only_to_who_asks(tmp_path: Path):
 # --- places -------------------------------------------------------------------------------------------------
 
 
+def write_parameters(raw: Path, frames: int, wrapped: bool = True, nested: bool = True, **changes) -> None:
+    """The head's camera at (t / 10, 0, 1), looking along the base's x; the hands' likewise."""
+    folder = raw / "parameters/327/648649" / ("parameters/camera" if nested else "camera")
+    folder.mkdir(parents=True)
+    look = [[0, 0, 1], [-1, 0, 0], [0, -1, 0]]  # columns: right in the picture is -y, down -z, forward x
+    for camera in ("head", "hand_left", "hand_right"):
+        each = [{"rotation_matrix": look, "translation_vector": [t / 10, 0, 1]} for t in range(frames)]
+        each = changes.get(camera, each)
+        constants = {"fx": 322.0, "fy": 323.0, "ppx": 320.0, "ppy": 240.0, "distortion_model": "none"}
+        aligned = [{"extrinsic": entry} for entry in each] if wrapped else each
+        told = {"intrinsic": constants} if wrapped else constants
+        (folder / f"{camera}_extrinsic_params_aligned.json").write_text(json.dumps(aligned))
+        (folder / f"{camera}_intrinsic_params.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(("wrapped", "nested"), [(True, True), (False, True), (True, False)])
+def test_camera_parameters_are_kept_with_and_without_their_wrappers(tmp_path: Path, wrapped, nested):
+    write_episode(tmp_path, frames=30)
+    write_parameters(tmp_path, 30, wrapped, nested)
+    ref = only_ref(tmp_path)
+    assert ref.metadata["intrinsics"]["hand_left"] == [322.0, 323.0, 320.0, 240.0]
+    columns = agibot.read(ref, Options()).columns
+    pose = dict(zip(agibot.CAMERA_POSE.names, columns["camera_pose"][7].tolist(), strict=True))
+    assert (pose["head_x"], pose["hand_right_z"]) == (pytest.approx(0.7), 1.0)
+    assert [pose[f"head_rot6d_{i}"] for i in range(3)] == [0, -1, 0]  # right in the picture is the base's -y
+    assert columns["recorded"][0][OPTIONAL.index("camera_pose")]
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (
+            [{"rotation_matrix": np.eye(3).tolist(), "translation_vector": [0, 0, 0]}] * 29,
+            "29 entries for 30",
+        ),
+        (
+            [{"rotation_matrix": np.ones((3, 3)).tolist(), "translation_vector": [0, 0, 0]}] * 30,
+            "no pose in 30",
+        ),
+        ([{"rotation": 1}] * 30, "without rotation_matrix"),
+    ],
+)
+def test_camera_parameters_that_are_none_are_noted_and_masked(tmp_path: Path, head, says: str):
+    write_episode(tmp_path, frames=30)
+    write_parameters(tmp_path, 30, head=head)
+    ref = only_ref(tmp_path)
+    assert any(says in note for note in ref.warnings)
+    columns = agibot.read(ref, Options()).columns
+    assert not columns["recorded"][0][OPTIONAL.index("camera_pose")]
+    assert columns["camera_pose"][0][:9].tolist() == [0, 0, 0, 1, 0, 0, 0, 1, 0]
+
+
 def test_tars_are_read_in_place_and_give_what_their_folders_give(tmp_path: Path):
     for number in (648649, 648650):
         write_episode(tmp_path, number, seed=number)
+    write_parameters(tmp_path, 60)
     folders = [agibot.read(ref, Options()) for ref in scan_all(tmp_path) if isinstance(ref, EpisodeRef)]
     clips = [folder.cameras["head"].path.read_bytes() for folder in folders]  # type: ignore[union-attr]
     pack(tmp_path)
     refs = scan_all(tmp_path)
     assert [ref.source_id for ref in refs] == ["327/648649", "327/648650"]
+    posed = [folder.columns["recorded"][0][OPTIONAL.index("camera_pose")] for folder in folders]
+    assert posed == [True, False]
     for ref, expected, data in zip(refs, folders, clips, strict=True):
         assert isinstance(ref, EpisodeRef)
         found = agibot.read(ref, Options())

@@ -1,5 +1,6 @@
 """CALVIN: every quirk of the format has a test that fails if it is got wrong."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -373,6 +374,22 @@ def test_annotations_of_other_embeddings_or_old_layouts_serve_when_the_usual_are
     assert any("no lang_annotations/auto_lang_ann.npy" in note for note in ref.warnings)
 
 
+def test_which_annotations_were_read_is_recorded_since_older_ones_had_wrong_colours(raw: Path):
+    path = next(raw.rglob("training/lang_annotations/auto_lang_ann.npy"))
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+    told = {ref.metadata["annotations"] for ref in episodes(raw)}
+    assert told == {f"lang_annotations/auto_lang_ann.npy {digest}"}
+
+
+def test_padded_validation_annotations_are_named(tmp_path: Path):
+    """ABC and ABCD: 1,087 windows, most of them repeats of a few."""
+    windows = [(100, 110, "open the drawer", "open_drawer")] * 1087
+    write_split(tmp_path / "task_ABC_D/validation", [(100, 119)], windows)
+    notes = [note for entry in scan_all(tmp_path) for note in getattr(entry, "warnings", ())]
+    assert any("1,087 validation windows are those of ABC and ABCD" in note for note in notes)
+    assert any("1086 of 1087 language windows repeat" in note for note in notes)
+
+
 def test_without_annotations_the_way_out_is_named_and_play_still_converts(tmp_path: Path):
     write_split(tmp_path / "mine" / "training", [(5, 10)], language=None)
     assert "--cut play" in only_drop(tmp_path).remedy
@@ -496,6 +513,7 @@ def test_depth_asked_for_and_not_there_is_a_reason(tmp_path: Path):
 
     found = spoil(tmp_path, change, depth=True)
     assert all(isinstance(entry, Dropped) and "no 'depth_static'" in entry.reason for entry in found)
+    assert "converts without --depth" in found[0].reason
 
 
 def test_the_converter_is_listed_and_says_what_it_expects(tmp_path: Path):
