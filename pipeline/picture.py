@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ..schemas.bins import encode
 from ..schemas.errors import UsageError
 from ..schemas.normalisers import DEFAULT_MODE, make_normaliser
-from ..schemas.statistics import fit_statistics
 from ..streams.dataset import Dataset
+from ..streams.statistics import statistics_of
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -79,7 +79,7 @@ def draw_episode(dataset: Dataset, episode: int, path: Path, bins: int = 10) -> 
 
 
 def _normalised(dataset: Dataset, action: NDArray[Any]) -> NDArray[np.float64]:
-    stats = dataset.stats.get("action") or fit_statistics(action)
+    stats = statistics_of(dataset, "action")
     return make_normaliser(DEFAULT_MODE, stats, names=dataset.names("action")).normalise(action)
 
 

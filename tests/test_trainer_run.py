@@ -2,7 +2,12 @@
 
 # ruff: noqa: E402 - what needs torch is imported once torch is known to be there
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +15,14 @@ import pytest
 from dpipe.pipeline.precompute import precompute
 from dpipe.schemas.errors import DataError, Interrupted, UsageError
 from dpipe.schemas.statistics import fit_statistics
+from dpipe.streams.dataset import open_dataset
 from tiny_dataset import CAMERA, episode_columns, write_tiny
 
 torch = pytest.importorskip("torch")
 
 from dpipe.trainer import RECIPES, open_recipe
 from dpipe.trainer.recipe import resolve
-from dpipe.trainer.run import open_run, train
+from dpipe.trainer.run import open_run, space_of, train
 
 EPISODES = [(0, 24), (1, 20), (2, 22)]
 SMALL = {"width": 32, "heads": 2, "points": 2}
@@ -91,6 +97,8 @@ def test_every_recipe_trains_on_its_cache_and_speaks_native_actions(home, recipe
     assert np.isfinite(result.metrics["loss"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    flow = ("wait_share", "decode_share", "cache_hit_share", "samples_per_second", "bytes_per_sample")
+    assert {f"stream_{name}" for name in flow} <= set(rows[-1])
     opened = open_run(folder)
     policy = opened.recipe.policy(opened.model, 0)
     frames = {CAMERA: np.zeros((2, 64, 64, 3), np.uint8)}
@@ -136,6 +144,37 @@ def test_a_run_stopped_and_started_again_ends_with_the_same_weights(home, tmp_pa
     assert weights[0] == weights[1]
 
 
+def test_a_run_killed_in_mid_training_ends_at_the_weights_of_an_undisturbed_one(home, tmp_path):
+    """SIGKILL to a process of its own, streams, targets, average and curriculum included; then the same command."""
+    steps, words = 90, ["chunk=3", "slices=2", "min_steps=10", "tau=0.01", "batch_size=8", "ema=0.9"]
+    words += [*(f"{name}={value}" for name, value in SMALL.items()), "log_every=1", "checkpoint_every=3"]
+    command = [sys.executable, "-m", "dpipe.trainer", "libra", str(home / "set")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def launch(run_dir: Path) -> subprocess.Popen:
+        given = [*command, str(run_dir), "--steps", str(steps), "--track", "none", *words]
+        return subprocess.Popen(given, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = launch(killed)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints/step-000012").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "result.json").exists()
+    stopped = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()][-1]
+    assert 12 <= stopped < steps
+    for run_dir in (killed, whole):
+        assert launch(run_dir).wait() == 0
+    for file in ("model.safetensors", "ema.safetensors"):
+        left, right = ((d / f"checkpoints/step-{steps:06d}" / file).read_bytes() for d in (killed, whole))
+        assert left == right
+    logs = [(d / "metrics.jsonl").read_text().splitlines() for d in (killed, whole)]
+    losses = [[(row["step"], row["loss"]) for row in map(json.loads, log)] for log in logs]
+    assert losses[0] == losses[1]
+
+
 def test_targets_that_are_missing_or_made_for_another_run_stop_it_before_it_starts(home, tmp_path):
     with pytest.raises(DataError, match="no target 'tokens:N=20'"):
         run(home, "libra", tmp_path / "a", {"bins": 20})
@@ -163,10 +202,17 @@ def test_a_changed_anchor_is_not_refined_on_anothers_residuals(home, tmp_path):
         (policy / "model.safetensors").write_bytes(kept)
 
 
-def test_a_dataset_without_state_or_statistics_says_what_to_do(tmp_path):
+def test_statistics_that_a_dataset_lacks_are_computed(tmp_path):
     root = write_tiny(tmp_path / "bare", EPISODES)
-    with pytest.raises(DataError, match="dpipe precompute stats"):
-        train("anchor", root, tmp_path / "run", steps=1, say=quiet)
+    columns = [episode_columns(*episode) for episode in EPISODES]
+    state = np.concatenate([column["observation.state"] for column in columns])
+    for told in ({}, {"observation.state": {"mean": [0.0]}, "action": {"mean": [0.0]}}):
+        (root / "meta/stats.json").write_text(json.dumps(told))
+        space = space_of(open_dataset(root))
+        assert np.allclose(space.state_mean, state.mean(axis=0)) and np.allclose(
+            space.state_std, state.std(axis=0)
+        )
+        assert len(space.action.low) == 4 and space.action.low[0] < space.action.high[0]
 
 
 def test_options_may_come_as_words_and_unknown_ones_are_named():

@@ -27,6 +27,7 @@ from ..schemas.contract import digest_of, plain
 from ..schemas.errors import DataError, UsageError
 from ..schemas.normalisers import DEFAULT_MODE, Normaliser, make_normaliser
 from ..streams.dataset import Dataset, contents_digest, open_dataset
+from ..streams.statistics import statistics_of
 from ..streams.stream import open_stream
 from ..streams.targets import Targets, open_targets
 from . import open_recipe
@@ -266,23 +267,19 @@ def space_of(dataset: Dataset, targets: Mapping[str, TargetFolder] | None = None
                 f"{dataset.root} has no column '{column}'\n  found: {', '.join(dataset.vectors)}\n"
                 "  A policy needs both what the robot feels and what it is told to do."
             )
-    missing = [name for name in (STATE, "action") if not dataset.stats.get(name)]
-    if missing:
-        raise DataError(
-            f"{dataset.root} has no statistics of {', '.join(missing)}\n  Make them:  dpipe precompute stats"
-        )
     names = dataset.names("action")
     conventions = (dataset.manifest or {}).get("conventions", {})
     gripper = conventions.get("gripper_action")
     meanings = gripper if isinstance(gripper, Mapping) else {}  # hands have none, and say so in words
     means = next((word for word, value in meanings.items() if value == 1), "")
-    state = {name: np.asarray(dataset.stats[STATE][name], np.float64).reshape(-1) for name in ("mean", "std")}
+    told = statistics_of(dataset, STATE)
+    state = {name: np.asarray(told[name], np.float64).reshape(-1) for name in ("mean", "std")}
     return Space(
         cameras=tuple(name for name in dataset.cameras if name.startswith(IMAGE)),
         state_mean=tuple(state["mean"].tolist()),
         state_std=tuple(state["std"].tolist()),
         action=_action_normaliser(targets)
-        or make_normaliser(DEFAULT_MODE, dataset.stats["action"], names=names),
+        or make_normaliser(DEFAULT_MODE, statistics_of(dataset, "action"), names=names),
         fps=dataset.fps,
         action_names=names,
         gripper_one_means=means,
