@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round over fewer frames")
     arguments = parser.parse_args()
-    copies, rounds = (16, 1) if arguments.quick else (48, arguments.rounds)
+    copies, rounds = (16, 1) if arguments.quick else (32, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="dpipe-bench-") as folder:
         small, few = make_raw(Path(folder), 2)
         large, many = make_raw(Path(folder), copies)

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import raw_calvin
 import zarr
+from dpipe.converters import load_converter
 from dpipe.pipeline import lerobot21, outputs, zarr_output
 from dpipe.pipeline.lerobot21 import slices
 from dpipe.pipeline.outputs import OutputOptions, OutputRequest, OutputResult, estimate, write_output
@@ -303,6 +305,36 @@ def test_convert_makes_the_dataset_first_and_then_its_form(tmp_path: Path, capsy
     elsewhere = tmp_path / "else.zarr"
     assert typed("convert", "libero", "--to", "zarr", "--out", elsewhere, "--no-images", *common) == 0
     assert "image" not in zarr.open(str(elsewhere), mode="r")["data"]
+
+
+@pytest.mark.parametrize("form", ["zarr", "lerobot21"])
+def test_a_dry_run_tells_both_steps_and_writes_nothing(tmp_path: Path, capsys, form: str):
+    write_suite(tmp_path / "raw/libero", demos=2, steps=8)
+    common = ("convert", "libero", "--to", form, "--workspace", tmp_path, "--workers", 0)
+    assert typed(*common, "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
+    assert [step["name"] for step in told] == ["convert libero", f"convert --to {form}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+    frames = 7 + 8
+    pixels = 2 * 3 * 32 * 32 if form == "zarr" else 0
+    assert told[1]["frames"] == frames and told[1]["write_bytes"] >= frames * (pixels + 4 * 15)
+    assert typed(*common) == 0
+    capsys.readouterr()
+    assert typed(*common, "--dry-run", "--json") == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
+    assert [step["episodes"] for step in again] == [0, 0]
+
+
+def test_v21_leaves_the_language_column_out_that_it_has_no_type_for(tmp_path: Path):
+    windows = [(102, 106, "open the drawer", "open_drawer")]
+    raw_calvin.write_split(tmp_path / "raw/task_D_D/training", [(100, 119)], windows)
+    options = load_converter("calvin").Options(cut="play", language_columns=True)
+    run_convert(tmp_path / "raw", tmp_path / "set", "calvin", options=options)
+    made = write(tmp_path / "set", "lerobot21", tmp_path / "old")
+    info = json.loads((made.root / "meta/info.json").read_text())
+    assert "language_persistent" not in info["features"]
+    (path,) = (made.root / "data").rglob("*.parquet")
+    assert "language_persistent" not in pq.read_schema(path).names
 
 
 def test_a_grown_dataset_is_not_written_over_an_old_buffer(tmp_path: Path):
