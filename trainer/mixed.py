@@ -189,7 +189,8 @@ def train_mixed(
                 },
             },
             provenance={
-                "dataset_root": [str(dataset.root) for dataset in datasets],
+                "dataset_root": str(datasets[0].root),
+                "dataset_roots": [str(dataset.root) for dataset in datasets],
                 "tasks": list(dict.fromkeys(t for d in datasets for t in d.tasks))[:TASKS_KEPT],
                 "contracts": {
                     f"{dataset.name}/{name}": contract.to_json()
