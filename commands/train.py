@@ -21,7 +21,6 @@ from .options import (
     open_space,
     options_of,
     running,
-    show_plan,
     show_progress,
 )
 from .precompute import make_targets, plan_dataset, plan_missing
@@ -130,7 +129,8 @@ def train(
         click.echo(f"without data there is no plan: {str(error).splitlines()[0]}", err=True)
         return
     if not roots:  # --dry-run, with everything still to be converted
-        show_plan(plan_missing(space, named, (), as_json), count_workers(workers), price, as_json)
+        planned = plan_missing(space, named, (), as_json)
+        _show(planned, _sizes(recipe, given, steps, preset, []), count_workers(workers), price, as_json)
         click.echo(f"then: dpipe train {recipe}, on what is converted", err=True)
         return
     groups = group_datasets(roots)
@@ -252,13 +252,15 @@ def _stop_before_work(space: Workspace, recipe: str) -> None:
     from ..pipeline.groups import group_datasets, plan_datasets, stop_at_several
 
     unmade = unmade_sources(space)
-    if len(space.datasets()) + len(unmade) < 2:
+    # One whose conversion was stopped is among the unmade: its scan says what it will be.
+    made = [root for root in space.datasets() if (root / "meta" / "info.json").is_file()]
+    if len(made) + len(unmade) < 2:
         return
     problem = _mixing_problem(recipe)
     if problem:
         progress = show_progress(False)
         planned = [each for word in unmade for each in plan_datasets(default_request(space, word), progress)]
-        stop_at_several(group_datasets(space.datasets(), planned), recipe, problem)
+        stop_at_several(group_datasets(made, planned), recipe, problem)
 
 
 def _wants_shards(root: Path) -> bool:

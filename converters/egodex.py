@@ -137,7 +137,8 @@ def find(raw: Path, options: Options) -> Iterator[Recording]:
     for part, task, folder in _task_folders(raw):
         found: dict[str, list[Path]] = {}
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".hdf5", ".mp4"):
+            # macOS leaves ._0.hdf5 beside 0.hdf5 on foreign disks: no recording, whatever its name ends in.
+            if path.suffix in (".hdf5", ".mp4") and not path.name.startswith("."):
                 found.setdefault(path.stem, []).append(path)
         for stem, files in found.items():
             name = f"{part}/{task}/{stem}"

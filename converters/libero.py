@@ -118,7 +118,9 @@ NEXT_POSE = Feature(
 
 def find(raw: Path, options: Options) -> Iterator[Recording]:
     """Every HDF5 file one folder below `raw` (or directly in it, when `raw` is itself a suite)."""
-    for path in sorted(raw.glob("*.hdf5")) + sorted(raw.glob("*/*.hdf5")):
+    found = [path for path in raw.glob("*.hdf5") if not path.name.startswith(".")]  # macOS's ._ files
+    below = [path for path in raw.glob("*/*.hdf5") if not path.name.startswith(".")]
+    for path in sorted(found) + sorted(below):
         yield Recording(f"{path.parent.name}/{path.stem}", "train", (path,))
 
 

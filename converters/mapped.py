@@ -240,7 +240,11 @@ def _picked(told: Mapping[str, Any], *names: str) -> dict[str, Any]:
 def find(raw: Path, options: Options) -> Iterator[Recording]:
     """Every file that meets the map's pattern, numbers counted as numbers."""
     told = parse_map(options.map)
-    files = [raw] if raw.is_file() else [p for p in raw.glob(told.pattern) if p.is_file()]
+    files = (
+        [raw]
+        if raw.is_file()
+        else [p for p in raw.glob(told.pattern) if p.is_file() and not p.name.startswith(".")]
+    )
     base = raw.parent if raw.is_file() else raw
     for path in sorted(files, key=lambda p: natural(p.relative_to(base).as_posix())):
         yield Recording(path.relative_to(base).with_suffix("").as_posix(), "train", (path,))

@@ -242,7 +242,14 @@ def test_foreign_files_and_datasets_are_ignored(raw: Path):
     with h5py.File(raw / "part2/basic_pick_place/0.hdf5", "r+") as file:
         file.create_dataset("actions_48d", data=np.zeros((6, 48), np.float32), compression="gzip")
     (raw / "part2/basic_pick_place/0.pt").write_bytes(b"x")
+    for name in ("._0.hdf5", "._0.mp4", ".DS_Store"):  # macOS leaves these on foreign disks
+        (raw / "part2/basic_pick_place" / name).write_bytes(b"x")
     assert episode(raw).frames == 6
+
+
+def test_parts_are_training_data_and_test_and_extra_stay_apart():
+    parts = ("part1", "part5", "test", "extra")
+    assert [egodex.split_of(part) for part in parts] == ["train", "train", "test", "extra"]
 
 
 @pytest.mark.parametrize(
