@@ -25,6 +25,7 @@ from dpipe.pipeline.doctor.mend import mend
 from dpipe.pipeline.doctor.pictures import Motion, follow_curve
 from dpipe.pipeline.doctor.recording import hash_rows, rotation_error, rotation_groups
 from dpipe.pipeline.doctor.videos import frame_at
+from dpipe.schemas.episode import EpisodeRef
 from dpipe.schemas.errors import DataError, UsageError
 from dpipe.schemas.problems import PROBLEMS, problems_of, sentences_of
 from dpipe.streams.dataset import open_dataset
@@ -259,6 +260,15 @@ def test_a_dropped_episode_is_listed_under_the_doctors_names(tmp_path: Path):
     assert "not-finite" in examine(raw).problems
 
 
+def variants_of(raw: Path) -> set[str]:
+    from dpipe.converters import load_converter
+
+    converter = load_converter("agibot")
+    options = converter.Options()
+    refs = [ref for recording in converter.find(raw, options) for ref in converter.scan(recording, options)]
+    return {ref.variant for ref in refs if isinstance(ref, EpisodeRef)}
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -275,7 +285,9 @@ def test_a_dropped_episode_is_listed_under_the_doctors_names(tmp_path: Path):
 def test_conversion_and_doctor_give_a_defect_the_same_name(name: str, tmp_path: Path):
     (one,) = [each for each in DEFECTS if each.name == name]
     raw = broken(one, tmp_path)
-    run_convert(raw, tmp_path / "out", one.base.removeprefix("raw "))
+    source = one.base.removeprefix("raw ")
+    variant = {"variant": next(iter(variants_of(raw)))} if source == "agibot" else {}
+    run_convert(raw, tmp_path / "out", source, **variant)
     lines = [json.loads(line) for line in (tmp_path / "out/dpipe/dropped.jsonl").read_text().splitlines()]
     said = {check for line in lines for check in line["checks"]}
     assert one.problem in said and said <= examine(raw).problems
