@@ -95,7 +95,7 @@ class ConvEncoder(nn.Module):
     grid: Tensor  # [cells, 2]: x and y of each patch's middle, -1 .. 1
 
     def __init__(
-        self, width: int, size: int = 64, points: int = 8, channels: int = 32, patch: int = 4
+        self, width: int, size: int = 64, points: int = 8, channels: int = 16, patch: int = 4
     ) -> None:
         super().__init__()
         self.size, self.points, self.patch = size, points, patch

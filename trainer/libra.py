@@ -75,7 +75,7 @@ class Config:
     eyes: str = "one"  # one encoder for both systems [ours] | two: each has its own (the paper)
     waypoint: int = 48  # steps ahead within which the next word to the gripper is sought; 0: not at all
     lambda_waypoint: float = 2.0
-    look_share: float = 0.35  # of the steps, first: the eyes alone learn, by the waypoint
+    look_share: float = 0.45  # of the steps, first: the eyes alone learn, by the waypoint
     look_lr: float = 5e-3  # meanwhile
     levels: int = 100  # of the noise schedule
     sample_steps: int = 10
@@ -346,32 +346,35 @@ class Libra(nn.Module):
         if self.refiner.encoder is not None:
             return self.planner.encoder(*first, text), self.refiner.encoder(*later, text), None
         images = [torch.cat(pair) for pair in zip(first[0], later[0], strict=True)]
-        state = torch.cat([first[1], later[1]])
-        seen = self.planner.encoder(images, state, torch.cat([text, text]))
-        loss = None
-        if self.waypoint is not None:
-            seen, where = self.waypoint(seen, state)
-            start = torch.cat([torch.zeros_like(part), part * self.config.chunk])
-            loss = self._waypoint_loss(batch, where, start)
+        state, text = torch.cat([first[1], later[1]]), torch.cat([text, text])
+        if self.waypoint is None:
+            to_plan, to_refine = self.planner.encoder(images, state, text).chunk(2)
+            return to_plan, to_refine, None
+        start = torch.cat([torch.zeros_like(part), part * self.config.chunk])
+        wanted, found = self._answers(batch, start)
+        if self.stage == "look" and found.any():  # nothing else is asked of the others
+            images, state, text = [frames[found] for frames in images], state[found], text[found]
+            wanted, found = wanted[found], found[found]
+        seen, where = self.waypoint(self.planner.encoder(images, state, text), state)
+        loss = masked_mean(F.smooth_l1_loss(where, wanted, reduction="none"), found[:, None])
+        if self.stage == "look":
+            return seen, seen, loss
         to_plan, to_refine = seen.chunk(2)
         return to_plan, to_refine, loss
 
-    def _waypoint_loss(self, batch: Mapping[str, Any], where: Tensor, start: Tensor) -> Tensor:
-        """`where` [2 B, D] said at frames t + start [2 B], against the state shown at or just after the word."""
+    def _answers(self, batch: Mapping[str, Any], start: Tensor) -> tuple[Tensor, Tensor]:
+        """For frames t + start [2 B]: the standardised state shown at or just after the word, and whether any."""
         assert self.waypoint is not None
         if self.space.grippers:
             grip = batch["action"][..., list(self.space.grippers)] > 0
             step, found = next_word(torch.cat([grip, grip]), start)
         else:
-            step, found = (
-                torch.full_like(start, self.config.waypoint),
-                torch.ones_like(start, dtype=torch.bool),
-            )
+            step = torch.full_like(start, self.config.waypoint)
+            found = torch.ones_like(start, dtype=torch.bool)
         shown = batch["state"][:, self.waypoint.places]  # every WAYPOINT_STRIDE frames after t
         at = ((step - 1) // WAYPOINT_STRIDE).clamp(max=shown.shape[1] - 1)
         rows = torch.arange(len(shown), device=step.device).repeat(2)
-        wanted = self.waypoint.scale(shown[rows, at])
-        return masked_mean(F.smooth_l1_loss(where, wanted, reduction="none"), found[:, None])
+        return self.waypoint.scale(shown[rows, at]), found
 
     def _diffusion_loss(
         self, seen: Tensor, action: Tensor, valid: Tensor, bins: Tensor, part: Tensor, draws: Draws
@@ -589,6 +592,6 @@ RECIPE = Recipe(
     build=lambda config, space, facts: Libra(config, space),
     phases=_phases,
     policy=LibraPolicy,
-    steps=1600,  # with the options below, some five minutes of one core
+    steps=1700,  # with the options below, some five minutes of one core
     options=Options(lr=2e-3, ema=0.995),
 )
