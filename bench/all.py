@@ -22,6 +22,7 @@ BENCHMARKS = (
     "convert_libero",
     "convert_video",
     "convert_calvin",
+    "memory",
     "precompute",
     "stream",
     "scale",
