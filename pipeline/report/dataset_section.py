@@ -234,7 +234,7 @@ def _trajectories(dataset: Dataset, tasks: Sequence[str]) -> Iterator[str]:
         if not _is_offset(dataset, column)
     ]
     state = [each for each in found if each[0] == "observation.state"]
-    found = (state or found)[:4]
+    found = sorted(state or found, key=lambda each: any(word in each[1] for word in ("tip", "finger")))[:4]
     if not found or not len(dataset):
         return
     episodes = evenly_by_task(tasks, TRACES)

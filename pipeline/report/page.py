@@ -34,13 +34,14 @@ code{font:0.92em ui-monospace,Consolas,monospace}
 .tile b{display:block;font-size:20px;line-height:1.25;font-weight:600}.tile span{color:var(--soft);font-size:13px}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:14px;width:100%}
-th,td{text-align:left;padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);vertical-align:top}
+th,td{overflow-wrap:break-word;text-align:left;padding:5px 12px 5px 0;vertical-align:top;
+border-bottom:1px solid var(--rule)}
 th{font-weight:600;color:var(--soft);font-size:13px}td.n,th.n{text-align:right;white-space:nowrap;
 font-variant-numeric:tabular-nums}td.k{white-space:nowrap;color:var(--soft)}td.id{min-width:11em}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr));gap:16px}
 .grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:12px 18px}
 .grid.large{grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr))}
-.middle{max-width:640px}
+.middle{max-width:520px}
 .cell{background:var(--card);border:1px solid var(--rule);border-radius:6px;padding:10px 12px;min-width:0}
 .cell h4{margin:0 0 4px}
 svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:var(--soft)}

@@ -56,7 +56,7 @@ def histogram_chart(told: Histogram, title: str) -> str:
 
 def bar_chart(counts: NDArray[np.integer], labels: Sequence[str], title: str, axis: str) -> str:
     """Counts from zero, a label under the first, the last and those between that have room."""
-    width, height = 640, 200
+    width, height = 420, 170
     floor, top = height - 34, 12
     most = int(max(1, counts.max(initial=1)))
     step = (width - LEFT - RIGHT) / len(counts)
