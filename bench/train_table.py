@@ -93,7 +93,6 @@ def prepare(bench: Bench) -> None:
     # Without the probe of the tokens' report, which would take longer than a run.
     dpipe("precompute", "tokens", "--probe", "none", "--dataset", "libero")
     dpipe("precompute", "shards", "--short-side", "64", "--dataset", "libero")
-    dpipe("precompute", "foresight", "--dataset", "libero")
 
 
 # -- jobs -------------------------------------------------------------------------------------------------
@@ -186,8 +185,9 @@ def vita(bench: Bench, seed: int) -> None:
 
 
 def dial(bench: Bench, seed: int) -> None:
+    targets_of(bench, "foresight", "foresight")
     for stages in ("both", "one"):
-        fit(bench, "dial", f"{stages}-s{seed}", seed, stages=stages)
+        fit(bench, "dial", f"{stages}-s{seed}", seed, bench.targets("foresight"), stages=stages)
         judge(bench, "dial", f"{stages}-s{seed}", episodes=JUDGED_SECONDARY)
 
 
