@@ -346,7 +346,7 @@ def _held_out_scores(
     for held_out in folds:
         probe = Probe(situation.shape[1], dims, seed=seed)
         many = len(folds) == 1
-        budget = max(500, int(steps * effort))
+        budget = max(500, int(steps * effort)) // len(folds)  # few episodes are learnt in few steps
         made = max(made, probe.fit(situation, actions, held_out, budget, check_share=0.1 if many else 0.25))
         test = np.flatnonzero(held_out)
         test = test[:: max(1, len(test) // most)]
