@@ -291,7 +291,7 @@ def test_runs_have_their_curves_even_while_they_are_written(tmp_path: Path):
     )
 
 
-def test_targets_of_all_three_kinds_are_drawn(tmp_path: Path):
+def test_tokens_and_foresight_are_drawn(tmp_path: Path):
     from dpipe.pipeline.precompute import precompute
 
     root = write_tiny(tmp_path / "lerobot/one", [(s, 40) for s in range(6)], camera=True)
@@ -300,6 +300,30 @@ def test_targets_of_all_three_kinds_are_drawn(tmp_path: Path):
     assert "which of 10 bins" in text and "How many bins?" in text
     assert "three principal components" in text and "within 5 frames" in text
     assert "no picture of it" not in text
+
+
+def test_residuals_are_drawn_with_the_errors_the_anchor_made(tmp_path: Path):
+    """The note's share of wrong decisions is counted from the target's own arrays."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    from dpipe.pipeline.precompute import precompute
+    from dpipe.streams.targets import open_targets
+    from test_stage_residuals import EPISODES, K, save_anchor
+
+    root = write_tiny(tmp_path / "lerobot/one", EPISODES, camera=True)
+    anchor = save_anchor(tmp_path / "anchor" / "policy")
+    precompute(root, ["residuals"], {"residuals": {"anchor": (f"embedded:{anchor}",)}})
+    text = read(write_report(Workspace(tmp_path), (), None).path)
+    assert (
+        "Mean length of a chunk" in text
+        and "Deviation by dimension" in text
+        and "no picture of it" not in text
+    )
+    targets = open_targets(root, ["residuals:array=grip_target"])
+    frames = sum(length for _, length in EPISODES)
+    wrong = targets.take(index=np.arange(frames))["residuals"].reshape(frames, K, 1)[:, 0] != 0
+    assert f"{number(float(wrong.mean()))} over all frames" in text
+    switches = sum((length - 1) // 7 for _, length in EPISODES)  # the gripper changes every seventh frame
+    assert f", {switches} switches" in text
 
 
 def test_nothing_to_report_says_what_to_do(tmp_path: Path):

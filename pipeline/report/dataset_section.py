@@ -219,7 +219,8 @@ def _distributions(dataset: Dataset) -> Iterator[str]:
         for d in range(table.shape[1]):
             label = str(names[d]) if d < len(names) else str(d)
             told = histogram(table[:, d])
-            note = f"{told.left_out} values are no numbers" if told.left_out else ""
+            still = "never moves" if np.count_nonzero(told.counts) == 1 else ""
+            note = f"{told.left_out} values are no numbers" if told.left_out else still
             cells.append(page.cell(label, svg.histogram_chart(told, f"{name} {label}"), note))
         yield page.grid(cells, small=True)
 

@@ -39,7 +39,7 @@ border-bottom:1px solid var(--rule)}
 th{font-weight:600;color:var(--soft);font-size:13px}td.n,th.n{text-align:right;white-space:nowrap;
 font-variant-numeric:tabular-nums}td.k{white-space:nowrap;color:var(--soft)}td.id{min-width:11em}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr));gap:16px}
-.grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:12px 18px}
+.grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,168px),1fr));gap:10px}
 .grid.large{grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr))}
 .middle{max-width:520px}
 .cell{background:var(--card);border:1px solid var(--rule);border-radius:6px;padding:10px 12px;min-width:0}

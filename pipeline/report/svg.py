@@ -28,7 +28,7 @@ def _open(width: int, height: int, title: str, extra: str = "") -> str:
 
 def histogram_chart(told: Histogram, title: str) -> str:
     """Bars with the axis' ends below and thin marks at the 1st, 50th and 99th percentile."""
-    width, height, floor, top = 240, 92, 70, 6
+    width, height, floor, top = 200, 86, 64, 6
     span = told.high - told.low
     most = max(1, int(told.counts.max(initial=0)))
     step = width / len(told.counts)
