@@ -498,7 +498,7 @@ def late_curve(motions: Sequence[Motion]) -> LagCurve:
     """The same for all stretches together, the weights learnt at each lag anew."""
     some = motions[:POOLED]
     values = [
-        np.mean([_fit(motion, weights(some, i, k), k) for i, motion in enumerate(some)])
+        float(np.mean([_fit(motion, weights(some, i, k), k) for i, motion in enumerate(some)]))
         for k in range(-LAG_REACH, LAG_REACH + 1)
     ]
     return LagCurve("delta", np.array(values))
