@@ -124,6 +124,7 @@ def index_page() -> str:
             NOTE,
             "- [Your own HDF5 logs](tutorial-own-files.md): from files dpipe has never seen to a dataset",
             "- [On a cluster](clusters.md): job arrays, SLURM, Dask",
+            "- [Is it sound?](doctor.md): what `dpipe doctor` finds, and how it keeps from crying wolf",
             "- [Real models](real-models.md): vision towers, vision-language models and policies from elsewhere",
             "- [Targets in any trainer](targets.md): lerobot, openpi, starVLA, or a loop of your own",
             "- [Commands](commands.md): the whole command line\n",
