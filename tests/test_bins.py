@@ -46,6 +46,19 @@ def test_bin_edges_are_those_of_float64_for_stored_float32():
     assert encode(np.array([-1.0, 0.0, 1.0]), 10).tolist() == [0, 5, 9]
 
 
+def test_edges_are_no_place_to_test_from_and_float32_would_move_them():
+    def plain(a, bins):
+        return np.clip(np.floor((a + 1) / 2 * bins), 0, bins - 1).astype(int)
+
+    edges = np.array([-0.8, -0.6])  # exact arithmetic says bins 1 and 2
+    assert encode(edges, 10).tolist() == [0, 2] == plain(edges, 10).tolist()
+    assert plain(edges.astype(np.float32), np.float32(10)).tolist() == [0, 1]
+    every = -1 + 2 * np.arange(1, 100) / 100
+    assert encode(every, 100).tolist() == plain(every, 100).tolist()
+    moved = plain(every, 100) != plain(every.astype(np.float32), np.float32(100))
+    assert 10 < np.count_nonzero(moved) < 25  # about one in six of the edges of 100 bins
+
+
 @pytest.mark.parametrize(("bins", "expected"), [(2, 8.33e-2), (10, 3.33e-3), (50, 1.33e-4), (100, 3.33e-5)])
 def test_uniform_actions_leave_the_residual_variance_of_one_bin(bins: int, expected: float):
     a = np.linspace(-1, 1, 200_001)
