@@ -328,7 +328,9 @@ def look_at_pictures(split: Split, ids: NDArray[np.int64], options: Options) -> 
                 for camera in list_cameras(options, wrist):
                     flag = next((name for name in ("depth", "tactile") if name in camera.member), "")
                     if flag and camera.member not in npz.members:
-                        raise DataError(f"no '{camera.member}': a stripped copy, which converts without --{flag}")
+                        raise DataError(
+                            f"no '{camera.member}': a stripped copy, which converts without --{flag}"
+                        )
                     pixels = npz.array(camera.member)
                     if pixels.ndim != camera.ndim or pixels.dtype.kind != camera.kind:
                         raise DataError(f"'{camera.member}' is {pixels.dtype} {pixels.shape}")
