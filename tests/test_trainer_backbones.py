@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny_backbones import save_act, save_internvl, save_qwen, save_siglip
 
 SMALL = {"width": 32, "heads": 2, "points": 2}
-FEW = ["--batch-size", "4", "--log-every", "1", "--width", "32", "--heads", "2"]
+FEW = ["--track", "none", "--batch-size", "4", "--log-every", "1", "--width", "32", "--heads", "2"]
 CONFIGS = {
     "libra": {"chunk": 3, "slices": 2, "planner_layers": 1, "refiner_layers": 1},
     "vita": {"fingers": 1},

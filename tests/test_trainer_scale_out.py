@@ -17,6 +17,7 @@ from tiny_dataset import episode_columns, write_tiny
 
 torch = pytest.importorskip("torch")
 
+from dpipe.streams.stream import StreamSpec, open_stream
 from dpipe.trainer.__main__ import divide
 
 EPISODES = [(seed, 17 + seed) for seed in range(6)]  # lengths that no batch divides: padding differs by rank
@@ -50,8 +51,7 @@ def launch(root: Path, run: Path, processes: int, words: list[str]) -> list[dict
         "libra",
         str(root),
         str(run),
-        "--steps",
-        str(STEPS),
+        *("--steps", str(STEPS), "--track", "none"),
         *words,
     ]
     if processes > 1:
@@ -80,6 +80,25 @@ def test_two_processes_have_the_losses_of_one_and_end_at_the_same_weights(tmp_pa
     weights = [load_file(tmp_path / run / name) for run in ("one", "two")]
     for key in weights[0]:
         torch.testing.assert_close(weights[0][key], weights[1][key], atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_share_out_every_global_batch_of_one_and_see_each_sample_once(tmp_path):
+    root = write_tiny(tmp_path / "set", EPISODES)
+    frames = sum(length for _, length in EPISODES)
+
+    def batches(rank: int, world: int) -> np.ndarray:
+        stream = open_stream(
+            root, StreamSpec(cameras=()), batch_size=16 // world, seed=3, rank=rank, world=world
+        )
+        endless = stream.endless()
+        return np.stack([next(endless)["index"] for _ in range(3 * frames // 16 + 1)])
+
+    whole = batches(0, 1)
+    shared = np.stack([batches(rank, 2) for rank in (0, 1)], axis=2)
+    np.testing.assert_array_equal(shared.reshape(whole.shape), whole)
+    for epoch in range(3):
+        seen = whole.ravel()[epoch * frames : (epoch + 1) * frames]
+        assert sorted(seen) == list(range(frames))
 
 
 def test_words_are_sorted_into_the_recipes_options_and_the_loops():

@@ -22,6 +22,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--frames", default="auto", choices=("auto", "jpeg", "video", "none"))
+    parser.add_argument("--preset", default="", help="named settings, see presets.py")
+    parser.add_argument("--track", default="auto", help="see track.py")
     parser.add_argument("options", nargs="*", help="name=value")
     given = parser.parse_intermixed_args(words)
     try:
@@ -36,6 +38,8 @@ def main(words: list[str] | None = None) -> int:
             config=config,
             options=options,
             frames=given.frames,
+            preset=given.preset,
+            track=given.track.split(","),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except DpipeError as error:

@@ -32,7 +32,7 @@ from .draws import Draws
 from .loop import Options
 from .presets import assumed_facts, libero_space, preset_of
 from .recipe import Recipe, resolve
-from .space import Space
+from .space import STATE, Space
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def sample(
     frames = {name: len(spec.at.get(name, spec.offsets)) for name in cameras}
     reads = any(getattr(config, name, "") for name in ("vlm",))
     batch: dict[str, Any] = {
-        "state": of(len(spec.offsets), space.state_dim),
+        "state": of(len(spec.at.get(STATE, spec.offsets)), space.state_dim),
         "images": [of(frames[name], *side, 3, kind=torch.uint8) for name in cameras],
         "text": of(TEXT_LENGTH + TEXT_TOKENS * reads, kind=torch.int64),
         "action": of(steps, dims),
@@ -309,7 +309,7 @@ def sample(
         "dims": torch.empty(dims, dtype=torch.bool, device="meta"),
     }
     if recipe.name == "libra":
-        batch["tokens"] = of(steps, dims, kind=torch.int64)
+        batch["tokens"] = of(recipe.targets(config)[1], dims, kind=torch.int64)
     elif recipe.name == "vita":
         batch["teacher"] = of(3, facts["width"])
     elif recipe.name == "dial":
