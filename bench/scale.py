@@ -100,7 +100,7 @@ def plan(_: argparse.Namespace) -> dict[str, Any]:
     from dpipe.pipeline.convert import plan_conversion, read_catalog
     from dpipe.pipeline.progress import Progress
 
-    found = plan_conversion(request(), read_catalog(request(), Progress(quiet=True)))
+    found, _ = plan_conversion(request(), read_catalog(request(), Progress(quiet=True)))
     return {"episodes": found.episodes, "to do": found.todo_episodes, "files": found.files}
 
 
@@ -251,7 +251,9 @@ def main() -> int:
     parser.add_argument("--only", choices=list(STEPS), help="stop after this step")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="100,000 episodes")
     arguments = parser.parse_args()
+    arguments.episodes = 100_000 if arguments.quick else arguments.episodes
     if arguments.step:
         told = STEPS[arguments.step](arguments)
         print(json.dumps(told | {"peak MB": high_water_mb()}))

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+_json = json.JSONEncoder(ensure_ascii=False).encode
+
 RECORDINGS_A_TASK = 64
 BATCH = 16_384  # entries turned into columns, or back into objects, at a time
 EPISODE, LEFT_OUT, EMPTY = 0, 1, 2  # kinds of entries; EMPTY: a recording with nothing in it
@@ -383,9 +385,9 @@ def _entry(entry: EpisodeRef | Dropped | None, raw: Path) -> dict[str, Any]:
             "frames": entry.frames,
             "instruction": entry.instruction,
             "cameras": _cameras_text(entry.cameras),
-            "files": json.dumps([_relative(path, raw) for path in entry.files], ensure_ascii=False),
+            "files": _files_text(entry.files, raw),
             "odd": bool(entry.warnings),
-            "fields": json.dumps(told, ensure_ascii=False),
+            "fields": _json(told),
         }
     row = dict.fromkeys(("source_id", "split", "variant", "instruction", "cameras", "files", "fields"), "")
     row |= {"kind": EMPTY, "frames": 0, "odd": False}
@@ -471,8 +473,10 @@ def _sql_table(refs: Refs) -> pa.Table:
     return pa.concat_tables(pieces, promote_options="permissive")
 
 
-def _relative(path: Path, raw: Path) -> str:
-    return path.relative_to(raw).as_posix() if path.is_relative_to(raw) else path.as_posix()
+def _files_text(files: Sequence[Path], raw: Path) -> str:
+    """Paths below the raw folder, relative to it. By their text: pathlib's own is 50 times slower, a million times."""
+    below = f"{raw}/"
+    return _json([str(path).removeprefix(below) for path in files])
 
 
 def _remembered(

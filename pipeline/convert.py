@@ -386,11 +386,11 @@ def plan_conversion(request: ConvertRequest, catalog: Catalog) -> tuple[ConvertP
     redo = {*fresh, *changed}
     rows = [row for row, s in enumerate(refs.source_ids) if row in redo or s not in receipts.latest]
     todo = refs.take(rows)
-    sizes: dict[Path, int] = {}
+    sizes: dict[str, int] = {}
     for paths in todo.paths():
         for path in paths:
-            if path not in sizes:
-                sizes[path] = path.stat().st_size if path.exists() else 0
+            if str(path) not in sizes:
+                sizes[str(path)] = path.stat().st_size if path.exists() else 0
     cameras = next((cameras for cameras, _, _ in refs.camera_sets()), ())
     plan = ConvertPlan(
         source=converter.name,

@@ -25,6 +25,7 @@ from .durable import FULL
 DRAIN_S = 50.0  # a stop request waits this long for tasks under way; the promise to the outside is 60 s
 IN_FLIGHT_PER_WORKER = 4  # enough to hide the scheduler's latency, few enough to stop soon
 CLUSTER = "cluster:"  # in the place of an address: settings of jobs to start, see cluster.py
+SCHEDULER_LOST_S = 5.0  # a connection that is down for longer is not coming back
 FAILURES_ALLOWED = 2  # a task that takes a third worker down with it is given up
 
 
@@ -172,9 +173,15 @@ class DaskExecutor(Executor):
 
     def __exit__(self, *_: object) -> None:
         if self.client is not None:
-            self.client.close()
+            self.client.close(timeout=5)
         if self.cluster is not None:
             self.cluster.close()
+
+    def _scheduler_gone(self) -> DataError:
+        return DataError(
+            f"the Dask scheduler {self.scheduler or 'of this run'} went away\n"
+            "  What is finished is kept: start it again, then run the same command again."
+        )
 
     @property
     def description(self) -> str:
@@ -189,6 +196,7 @@ class DaskExecutor(Executor):
         running: dict[Any, Any] = {}
         completed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stopped_at: float | None = None
+        lost_at: float | None = None
         while True:
             if self.stop.event.is_set():
                 if stopped_at is None:
@@ -210,15 +218,15 @@ class DaskExecutor(Executor):
             try:
                 future = completed.get(timeout=0.2)  # a stop request must be seen while tasks run
             except queue.Empty:
+                lost_at = None if self.client.status == "running" else lost_at or time.monotonic()
+                if lost_at is not None and time.monotonic() - lost_at > SCHEDULER_LOST_S:
+                    raise self._scheduler_gone() from None
                 continue
             key = running.pop(future)
             try:
                 result = future.result()
             except CancelledError as error:
-                raise DataError(
-                    f"the Dask scheduler {self.scheduler or 'of this run'} went away\n"
-                    "  What is finished is kept: start it again, then run the same command again."
-                ) from error
+                raise self._scheduler_gone() from error
             except KilledWorker:
                 result = Failure(f"took {FAILURES_ALLOWED + 1} workers down, one after the other", True)
             except Exception as error:  # noqa: BLE001 - the scheduler's own failures are the task's outcome

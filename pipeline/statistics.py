@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..schemas.statistics import QUANTILES, Blocks, exact_statistics
 
-SAMPLED_SIDE = 64  # pictures are thinned to about this many pixels a side before they are counted
+SAMPLED_SIDE = 32  # pictures are thinned to about this many pixels a side before they are counted
 
 
 def column_statistics(column: NDArray[Any]) -> dict[str, list[float] | list[int]]:
