@@ -55,6 +55,7 @@ def test_a_workspace_of_one_source_alone_gives_a_trained_run(raw: Path, tmp_path
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / source).symlink_to(raw / source)
     dpipe(tmp_path, "convert", source, "--to", "lerobot")
+    dpipe(tmp_path, "precompute", "foresight")
     dpipe(tmp_path, "train", "libra", "--steps", "5", *TINY)
     run = tmp_path / "runs" / "libra" / DATASETS[source]
     result = json.loads((run / "result.json").read_text())
