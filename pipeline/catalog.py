@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -216,7 +217,7 @@ def build_catalog(
     fresh: list[Recording] = []
     memos: list[str] = []
     for recording in converter.find(raw, options):
-        memo = json.dumps(file_memo(recording.files))
+        memo = intern(json.dumps(file_memo(recording.files)))  # members of one archive share theirs
         at = known.get(recording.name)
         if at is not None and at[1] == memo:
             spans.append(old_spans[at[0]])
@@ -252,12 +253,20 @@ def _scan(
     progress.begin("scan", len(recordings), "recordings")
     size = max(1, min(RECORDINGS_A_TASK, len(recordings) // RECORDINGS_A_TASK))
     batches: list[Any] = []
+    tables: list[pa.Table] = []
     spans: list[tuple[int, int]] = [(0, 0)] * len(recordings)
     rows = 0
+
+    def gather() -> None:
+        """Many small batches as one: each carries its own dictionaries of words."""
+        tables.append(pa.Table.from_batches(batches, entry_schema()).unify_dictionaries().combine_chunks())
+        batches.clear()
 
     def take(first: int, outcome: tuple[list[Any], list[int]]) -> None:
         nonlocal rows
         batches.extend(outcome[0])
+        if sum(batch.num_rows for batch in batches) >= BATCH:
+            gather()
         for at, count in enumerate(outcome[1], first):
             spans[at] = (rows, rows + count)
             rows += count
@@ -282,7 +291,8 @@ def _scan(
             made.add(recordings[first].name, memos[first], [_failed(recordings[first], outcome)])
             take(first, (made.finished(), [1]))
     progress.end()
-    return pa.Table.from_batches(batches, entry_schema()), spans
+    gather()
+    return pa.concat_tables(tables), spans
 
 
 def _in_order(
