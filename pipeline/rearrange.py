@@ -364,11 +364,12 @@ def _write_videos(tree: Path, plan: _Plan, part: int, rows: Sequence[int]) -> No
 
     for camera in plan.videos:
         runs, table = [], None
-        for row in rows:
-            dataset, episode = plan.datasets[plan.owner[row]], int(plan.episode[row])
+        # Neighbours in one file lie together in it: one stretch to check and one to copy, in the kernel.
+        for run in _neighbours(plan, rows, int(plan.length.sum()) + 1, _video_place(camera)):
+            dataset, episode = plan.datasets[plan.owner[run[0]]], int(plan.episode[run[0]])
             table = plan.tables.open(dataset.video_path(episode, camera))
             first = int(dataset.episodes.cameras[camera].first_frame[episode])
-            frames = int(plan.length[row])
+            frames = int(plan.length[run].sum())
             problem = copy_problem(table, dataset.fps, first, frames)
             if problem:
                 raise DataError(
@@ -456,7 +457,7 @@ def _blocks(
 
     images = any(told["dtype"] == "image" for told in plan.first.features.values())
     most = 1 if images else ROWS_AT_A_TIME
-    for run in _neighbours(plan, rows, most):
+    for run in _neighbours(plan, rows, most, _row_place):
         dataset = plan.datasets[plan.owner[run[0]]]
         first, last = int(plan.episode[run[0]]), int(plan.episode[run[-1]])
         start = int(dataset.episodes.first_row[first])
@@ -483,22 +484,43 @@ def _blocks(
             at += int(plan.length[row])
 
 
-def _neighbours(plan: _Plan, rows: Sequence[int], most: int) -> Iterator[list[int]]:
+def _neighbours(
+    plan: _Plan, rows: Sequence[int], most: int, place: Callable[[Dataset, int], tuple[int, int, int]]
+) -> Iterator[list[int]]:
+    """Runs of rows whose episodes follow one another in one file, of little more than `most` frames each.
+
+    `place` gives an episode's (chunk, file, first frame or row in it).
+    """
     run: list[int] = []
     frames = 0
     for row in rows:
         if run:
             last, dataset = run[-1], plan.datasets[plan.owner[row]]
-            e, before = plan.episode[row], plan.episode[last]
-            follows = plan.owner[row] == plan.owner[last] and e == before + 1
-            chunk, file = dataset.episodes.data_chunk, dataset.episodes.data_file
-            if not follows or (chunk[e], file[e]) != (chunk[before], file[before]) or frames >= most:
+            follows = plan.owner[row] == plan.owner[last]
+            if follows:
+                chunk, file, first = place(dataset, int(plan.episode[last]))
+                there = (chunk, file, first + int(plan.length[last]))
+                follows = place(dataset, int(plan.episode[row])) == there
+            if not follows or frames >= most:
                 yield run
                 run, frames = [], 0
         run.append(row)
         frames += int(plan.length[row])
     if run:
         yield run
+
+
+def _row_place(dataset: Dataset, episode: int) -> tuple[int, int, int]:
+    own = dataset.episodes
+    return int(own.data_chunk[episode]), int(own.data_file[episode]), int(own.first_row[episode])
+
+
+def _video_place(camera: str) -> Callable[[Dataset, int], tuple[int, int, int]]:
+    def place(dataset: Dataset, episode: int) -> tuple[int, int, int]:
+        own = dataset.episodes.cameras[camera]
+        return int(own.chunk[episode]), int(own.file[episode]), int(own.first_frame[episode])
+
+    return place
 
 
 def _open(readers: dict[Path, pq.ParquetFile], path: Path) -> pq.ParquetFile:
@@ -604,8 +626,9 @@ def _kept_columns(plan: _Plan, replaced: set[str]) -> pa.Table:
     import pyarrow.parquet as pq
 
     files = [sorted((d.root / "meta" / "episodes").glob("*/*.parquet")) for d in plan.datasets]
-    names = [name for name in pq.read_schema(files[0][0]).names if name not in replaced]
-    names = [name for name in names if all(name in pq.read_schema(f).names for own in files for f in own)]
+    schemas = [pq.read_schema(path).names for own in files for path in own]
+    shared = set.intersection(*map(set, schemas)) - replaced
+    names = [name for name in schemas[0] if name in shared]
     names = [name for name in names if not name.startswith("videos/")]
     tables = []
     for d, own in enumerate(files):

@@ -79,7 +79,7 @@ def target_sections(dataset: Dataset, bases: Sequence[Path], detail: Detail) -> 
             f"{t.done.get('episodes', 0):,}",
             f"{t.done.get('frames', 0):,}",
             page.size_text(t.done.get("bytes", 0)),
-            t.done["contract"].get("model") or "",
+            _short_model(t.done["contract"].get("model") or ""),
         )
         for t in found
     ]
@@ -94,6 +94,16 @@ def target_sections(dataset: Dataset, bases: Sequence[Path], detail: Detail) -> 
         except (DpipeError, KeyError, OSError, ValueError) as error:
             words = str(error).splitlines()[0] if str(error) else type(error).__name__
             yield f"<p class=bad>no picture of it: {page.text(words)}</p>"
+
+
+def _short_model(model: str) -> str:
+    """A model without the folders above it: a page is passed on, and they are nobody's business."""
+    names = []
+    for name in model.split(","):
+        kind, colon, place = name.partition(":")
+        parts = Path(place).parts
+        names.append(f"{kind}:{'/'.join(parts[-3:])}" if colon and place.startswith("/") else name)
+    return ", ".join(filter(None, names))
 
 
 # --- coarse bins ----------------------------------------------------------------------------------------------
@@ -316,7 +326,7 @@ def _gripper_cell(dataset: Dataset, target: Target) -> str:
         from_zero=True,
         guide=0.0,
     )
-    note = f"share of the anchor's decisions that are wrong; {number(overall)} over all frames, {seen.max():,} switches"
+    note = f"share of wrong decisions; {number(overall)} over all frames, {seen[REACH]:,} switches"
     return page.cell("Gripper errors around a switch", chart, note)
 
 
