@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import dpipe
 import numpy as np
@@ -19,7 +20,9 @@ from dpipe.schemas.errors import DataError, UsageError
 from dpipe.streams.arrays import write_array
 from dpipe.streams.dataset import open_dataset
 from dpipe.streams.targets import EpisodeTable, open_targets, parse_request
+from raw_libero import demo_arrays, write_raw
 from tiny_dataset import episode_columns, write_tiny
+from trees import run_convert
 
 EPISODES = [(0, 30), (1, 45), (2, 20), (3, 25)]
 PARTS = [2, 1, 1]
@@ -292,6 +295,37 @@ def test_one_target_may_come_from_several_folders(tmp_path):
     targets = open_targets(merged, ["tokens:N=10"], targets=folders)
     expected = np.concatenate([*every_token(first), *every_token(second)])
     np.testing.assert_array_equal(targets.take(index=np.arange(120))["tokens"], expected)
+
+
+@pytest.mark.slow  # importing lerobot is
+def test_targets_survive_lerobots_own_delete_split_and_merge(tmp_path):
+    pytest.importorskip("lerobot")
+    from lerobot.datasets.dataset_tools import delete_episodes, merge_datasets, split_dataset
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    demos = {number: demo_arrays(frames, number) for number, frames in enumerate((9, 7, 8))}
+    write_raw(tmp_path / "raw" / "libero_goal" / "pick_demo.hdf5", demos)
+    root = tmp_path / "set"
+    run_convert(tmp_path / "raw", root)
+    base = root / "dpipe" / "targets"
+    precompute(root, ["tokens"], {"tokens": {"probe": "none"}})
+    own = open_targets(root, ["tokens:N=10"])
+    lengths = own.table.lengths
+    slow = [own.take(episode=e, frame=np.arange(n))["tokens"] for e, n in enumerate(lengths)]
+    whole = LeRobotDataset("local/set", root=root, video_backend="pyav")
+
+    def holds(changed: Path, episodes: list[int]) -> None:
+        found = open_targets(changed, ["tokens:N=10"], targets=base)
+        assert found.table.lengths == tuple(lengths[e] for e in episodes)
+        rows = found.take(index=np.arange(sum(found.table.lengths)))["tokens"]
+        np.testing.assert_array_equal(rows, np.concatenate([slow[e] for e in episodes]))
+
+    delete_episodes(whole, [1], output_dir=tmp_path / "fewer", repo_id="local/fewer")
+    holds(tmp_path / "fewer", [0, 2])
+    parts = split_dataset(whole, {"a": [0, 1], "b": [2]}, output_dir=tmp_path / "parts")
+    holds(Path(parts["b"].root), [2])
+    merged = merge_datasets([parts["b"], parts["a"]], "local/merged", output_dir=tmp_path / "merged")
+    holds(Path(merged.root), [2, 0, 1])
 
 
 def test_the_v21_layout_is_bound_too(tokens, tmp_path):
