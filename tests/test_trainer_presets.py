@@ -16,6 +16,7 @@ from dpipe.models.hf import HfTower
 from dpipe.models.vlm import Vlm, blueprint
 from dpipe.trainer import RECIPES, open_recipe
 from dpipe.trainer.presets import PAPER, preset_of
+from dpipe.trainer.recipe import resolve
 from dpipe.trainer.sizes import size_up
 
 PLAIN = {"width": 128, "points": 8, "eyes": "two", "waypoint": 0}  # a Libra whose tokens are counted by hand
@@ -41,7 +42,8 @@ def test_the_papers_backbones_have_their_published_sizes():
 def test_every_recipe_can_be_sized_up_without_data(recipe, preset):
     sizes = size_up(recipe, preset=preset)
     assert sizes.parameters > 0 and sizes.tokens_per_step > 0
-    phases = open_recipe(recipe).phases(open_recipe(recipe).config(), 10)
+    made = open_recipe(recipe)
+    phases = made.phases(resolve(recipe, made.config, preset_of(recipe, preset).config), 10)
     assert all(set(m.trainable) == {phase.name for phase in phases} for m in sizes.modules)
     assert any(count for m in sizes.modules for count in m.trainable.values())
     assert f"{sizes.parameters:,}" in sizes.table and f"{sizes.tokens_per_step:,}" in sizes.table

@@ -74,8 +74,9 @@ class Config:
     points: int = 4
     eyes: str = "one"  # one encoder for both systems [ours] | two: each has its own (the paper)
     waypoint: int = 48  # steps ahead within which the next word to the gripper is sought; 0: not at all
+    waypoint_dims: int = 3  # leading numbers of the state that are asked for: where the hand is
     lambda_waypoint: float = 2.0
-    look_share: float = 0.45  # of the steps, first: the eyes alone learn, by the waypoint
+    look_share: float = 0.35  # of the steps, first: the eyes alone learn, by the waypoint
     look_lr: float = 5e-3  # meanwhile
     levels: int = 100  # of the noise schedule
     sample_steps: int = 10
@@ -166,7 +167,11 @@ def next_word(grip: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Waypoint(nn.Module):
-    """An encoder's tokens -> the state at the gripper's next word, standardised; and that as a token."""
+    """An encoder's tokens -> the state at the gripper's next word, standardised; and that as a token.
+
+    Of the state only its leading `dims`, the hand's position: asked for orientation and fingers as well, which
+    no keypoint tells, the eyes need three times as long to find anything.
+    """
 
     def __init__(self, config: Config, space: Space) -> None:
         super().__init__()
@@ -174,13 +179,15 @@ class Waypoint(nn.Module):
         shown = states_shown(config)
         self.places = [shown.index(offset) for offset in answers(config)]  # among the batch's states
         self.scale = StateScale(space.state_mean, space.state_std)
-        self.say = mlp(tokens * config.width, config.width, space.state_dim)
-        self.token = mlp(2 * space.state_dim, config.width, config.width)
+        self.dims = min(config.waypoint_dims, space.state_dim)
+        self.say = mlp(tokens * config.width, config.width, self.dims)
+        self.token = mlp(2 * self.dims, config.width, config.width)
 
     def forward(self, seen: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """seen [B, n, d], native state [B, D] -> [B, n + 1, d] and where [B, D]."""
+        """seen [B, n, d], native state [B, D] -> [B, n + 1, d] and where [B, dims]."""
         where = self.say(seen.flatten(1))
-        token = self.token(torch.cat([where, where - self.scale(state)], dim=-1))
+        here = self.scale(state)[:, : self.dims]
+        token = self.token(torch.cat([where, where - here], dim=-1))
         return torch.cat([seen, token[:, None]], dim=1), where
 
 
@@ -374,7 +381,7 @@ class Libra(nn.Module):
         shown = batch["state"][:, self.waypoint.places]  # every WAYPOINT_STRIDE frames after t
         at = ((step - 1) // WAYPOINT_STRIDE).clamp(max=shown.shape[1] - 1)
         rows = torch.arange(len(shown), device=step.device).repeat(2)
-        return self.waypoint.scale(shown[rows, at]), found
+        return self.waypoint.scale(shown[rows, at])[:, : self.waypoint.dims], found
 
     def _diffusion_loss(
         self, seen: Tensor, action: Tensor, valid: Tensor, bins: Tensor, part: Tensor, draws: Draws
