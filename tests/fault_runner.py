@@ -89,16 +89,20 @@ def write_stage(stage: str, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     option, kind = kinds[stage]
-    shape = {"width": 32, "layers": 1, "heads": 2, "image_size": 32, "points": 4, "queries": 3}
-    if kind == "teacher":
-        shape["window"] = 3
-    zeros, ones = (0.0,) * 4, (1.0,) * 4
-    config = PolicyConfig(
-        kind=kind, cameras=(CAMERA,), state_mean=zeros, state_std=ones, action_dim=4, grippers=(3,), **shape
-    )
+    shape = {"width": 32, "heads": 2, "image_size": 32, "points": 4, "action_dim": 4}
+    shape |= {"cameras": (CAMERA,), "state_mean": (0.0,) * 4, "state_std": (1.0,) * 4, "layers": 1}
     rows = np.concatenate([episode_columns(0, 7)["action"], episode_columns(1, 5)["action"]])
     terms = {"seed": 0, "steps": 0, "split": "train"}
-    save_policy(folder / "policy", EmbeddedPolicy(config), fit(rows, names=ACTION), terms)
+    if kind == "flow":
+        from dpipe.models.flow_policy import FlowConfig, FlowPolicy, save_flow
+
+        network = FlowPolicy(FlowConfig(**shape, chunk=3, future=(1, 2)))
+        save_flow(folder / "policy", network, fit(rows, names=ACTION), terms)
+    else:
+        config = PolicyConfig(
+            kind=kind, grippers=(3,), queries=3, **shape, **({"window": 3} if kind == "teacher" else {})
+        )
+        save_policy(folder / "policy", EmbeddedPolicy(config), fit(rows, names=ACTION), terms)
     return {option: f"embedded:{folder / 'policy'}"}
 
 
