@@ -167,10 +167,10 @@ def anchorrefine(bench: Bench, seed: int) -> None:
     folder = targets_of(bench, "residuals", f"anchor-{name}", anchor=(policy,))
     fit(bench, "anchorrefine", f"refine-{name}", seed, folder, mode="refine")
     fit(bench, "anchorrefine", f"continue-{name}", seed, folder, mode="continue")
-    few = {"episodes": JUDGED_SECONDARY}
-    judge(bench, "anchorrefine", f"refine-{name}", **few)
-    judge(bench, "anchorrefine", f"refine-{name}", "anchor-alone", **few, options={"refine": False})
-    judge(bench, "anchorrefine", f"continue-{name}", **few)
+    few = JUDGED_SECONDARY
+    judge(bench, "anchorrefine", f"refine-{name}", episodes=few)
+    judge(bench, "anchorrefine", f"refine-{name}", "anchor-alone", few, options={"refine": False})
+    judge(bench, "anchorrefine", f"continue-{name}", episodes=few)
 
 
 def vita(bench: Bench, seed: int) -> None:
@@ -337,7 +337,7 @@ def expert_share(episodes: int = 50) -> Job:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--episodes", type=int, default=800, help="recordings to learn from")
     parser.add_argument("--only", choices=GROUPS, action="append")

@@ -1,6 +1,5 @@
 """Ablations: rows that train alike share a run, what is done is read, and the verdict claims no more than the seeds."""
 
-
 import json
 from pathlib import Path
 
