@@ -193,7 +193,9 @@ class DaskExecutor(Executor):
         from distributed.scheduler import KilledWorker
 
         more = iter(tasks)
-        running: dict[Any, Any] = {}
+        running: dict[Any, Task] = {}
+        suspects: deque[Task] = deque()
+        alone = False  # whether the one task that runs is a suspect
         completed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stopped_at: float | None = None
         lost_at: float | None = None
@@ -202,16 +204,18 @@ class DaskExecutor(Executor):
                 if stopped_at is None:
                     stopped_at = time.monotonic()
                     self.waiting.clear()
+                    suspects.clear()
                     more = iter(())
                 if not running or time.monotonic() - stopped_at > DRAIN_S:
                     self._check_stop()
-            while len(running) < self.workers * IN_FLIGHT_PER_WORKER:
+            while not alone and len(running) < self.workers * IN_FLIGHT_PER_WORKER:
                 task = self._next(more)
+                if task is None and suspects and not running:
+                    task, alone = suspects.popleft(), True
                 if task is None:
                     break
-                key, function, args = task
-                future = self.client.submit(attempt, function, args, pure=False)
-                running[future] = key
+                future = self.client.submit(attempt, *task[1:], pure=False)
+                running[future] = task
                 future.add_done_callback(completed.put)
             if not running:
                 break
@@ -222,16 +226,20 @@ class DaskExecutor(Executor):
                 if lost_at is not None and time.monotonic() - lost_at > SCHEDULER_LOST_S:
                     raise self._scheduler_gone() from None
                 continue
-            key = running.pop(future)
+            task = running.pop(future)
+            tried_alone, alone = alone, False
             try:
                 result = future.result()
             except CancelledError as error:
                 raise self._scheduler_gone() from error
             except KilledWorker:
+                if not tried_alone:  # Dask blames whatever waited on the worker: only alone is it guilty
+                    suspects.append(task)
+                    continue
                 result = Failure(f"took {FAILURES_ALLOWED + 1} workers down, one after the other", True)
             except Exception as error:  # noqa: BLE001 - the scheduler's own failures are the task's outcome
                 result = Failure(f"{type(error).__name__}: {error}", error=error)
-            yield key, result
+            yield task[0], result
         self._check_stop()
 
 

@@ -60,7 +60,7 @@ CONVERTER = replace(libero.CONVERTER, read=read)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_a_killed_worker_costs_nothing_and_what_kills_three_is_left_out(tmp_path: Path):
     write_suite(tmp_path / "raw", demos=4)
     whole = run_convert(tmp_path / "raw", tmp_path / "whole", part_frames=25)
@@ -81,7 +81,7 @@ def test_a_killed_worker_costs_nothing_and_what_kills_three_is_left_out(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_a_scheduler_that_goes_away_stops_the_run_and_a_new_one_goes_on(tmp_path: Path):
     write_suite(tmp_path / "raw", demos=30, steps=30, side=96)
     words = [DPIPE, "convert", "libero", "--raw", tmp_path / "raw", "--name", "set", "--part-frames", "200"]
@@ -104,7 +104,7 @@ def test_a_scheduler_that_goes_away_stops_the_run_and_a_new_one_goes_on(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_two_dask_workers_started_by_hand_convert_and_precompute_together(tmp_path: Path):
     write_suite(tmp_path / "raw", demos=4)
     run_convert(tmp_path / "raw", tmp_path / "here", part_frames=25)
