@@ -26,6 +26,7 @@ DRAIN_S = 50.0  # a stop request waits this long for tasks under way; the promis
 IN_FLIGHT_PER_WORKER = 4  # enough to hide the scheduler's latency, few enough to stop soon
 CLUSTER = "cluster:"  # in the place of an address: settings of jobs to start, see cluster.py
 SCHEDULER_LOST_S = 5.0  # a connection that is down for longer is not coming back
+RESULT_S = 5.0  # receipts are small: what takes longer to arrive is no longer where it was
 FAILURES_ALLOWED = 2  # a task that takes a third worker down with it is given up
 
 
@@ -229,7 +230,11 @@ class DaskExecutor(Executor):
             task = running.pop(future)
             tried_alone, alone = alone, False
             try:
-                result = future.result()
+                result = future.result(timeout=RESULT_S)
+            except TimeoutError:  # it was lost with its worker and is computed again
+                running[future], alone = task, tried_alone
+                future.add_done_callback(completed.put)
+                continue
             except CancelledError as error:
                 raise self._scheduler_gone() from error
             except KilledWorker:
