@@ -84,7 +84,9 @@ def write_metadata(root: Path, episodes: int) -> None:
             c: {"dtype": "video", "shape": [256, 256, 3], "names": ["height", "width", "channels"]}
             for c in CAMERAS
         },
-        "observation.state": vector, "action": vector, "timestamp": {**index, "dtype": "float32"},
+        "observation.state": vector,
+        "action": vector,
+        "timestamp": {**index, "dtype": "float32"},
         **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), index),
     }
     tasks = [f"put object {number} into the tray" for number in range(1000)]

@@ -111,9 +111,7 @@ def main() -> int:
             "the same transcoded": peak_mb(*egodex, "--video", "transcode"),
             "the same transcoded to 256x256": peak_mb(*egodex, "--resize", "256x256"),
         }
-    goals = [
-        Goal(f"{LIMIT_MB} MB over its peak: {name}", LIMIT_MB / peak, 1) for name, peak in peaks.items()
-    ]
+    goals = [Goal(f"{LIMIT_MB} MB over its peak: {name}", LIMIT_MB / peak, 1) for name, peak in peaks.items()]
     measured = Rounds({name: [peak] for name, peak in peaks.items()})
     return report("memory", goals, measured, "MB")
 

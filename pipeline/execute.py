@@ -223,6 +223,8 @@ class DaskExecutor(Executor):
             try:
                 future = completed.get(timeout=0.2)  # a stop request must be seen while tasks run
             except queue.Empty:
+                if self.scheduler is None and len(self.cluster.workers) < self.workers:
+                    self.cluster.scale(self.workers)  # a nanny whose worker died while starting gives up
                 lost_at = None if self.client.status == "running" else lost_at or time.monotonic()
                 if lost_at is not None and time.monotonic() - lost_at > SCHEDULER_LOST_S:
                     raise self._scheduler_gone() from None

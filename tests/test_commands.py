@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-
 from dpipe.cli import cli
 from dpipe.commands import COMMANDS, load_command
 from dpipe.schemas.errors import UsageError
@@ -41,7 +40,7 @@ def test_every_option_says_what_it_is_for():
         if isinstance(command, click.Group):
             continue
         for option in command.params:
-            if isinstance(option, click.Option) and not option.help and not option.type.name == "choice":
+            if isinstance(option, click.Option) and not option.help and option.type.name != "choice":
                 silent.append(f"{name} {option.opts[0]}")
     assert silent == []
 
