@@ -17,7 +17,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "finish": "Number what the jobs of a divided conversion have made.",
         "export-policy": "A trained run as a policy that lerobot serves.",
         "evaluate": "A trained policy in the simulator: success, latency, pictures.",
-        "compare": "An ablation: a grid of runs in one table, the paper's figures beside.",
+        "compare": "An ablation: a grid of runs in one table and picture.",
         "plan": "What convert, precompute or train would do.",
     },
     "Rearranging": {

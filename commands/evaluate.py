@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run")
-@click.option("--episodes", type=click.IntRange(1), default=200, show_default=True)
+@click.option(
+    "--episodes", type=click.IntRange(1), default=200, show_default=True, help="How many, each its own seed."
+)
 @click.option(
     "--seed", type=int, default=1_000_000, show_default=True, help="Of the first episode; data count from 0."
 )
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--no-language", is_flag=True, help="Control: no instruction.")
 @click.option("--no-refine", is_flag=True, help="libra, anchorrefine: the plan or the anchor alone acts.")
 @click.option("--video", is_flag=True, help="An mp4 beside the strip of pictures.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where the policy runs.")
 @common
 def evaluate(
     run: str,
