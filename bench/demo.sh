@@ -16,11 +16,14 @@ step replay libero --limit 10
 step precompute tokens
 step precompute shards
 step train libra --steps 300
+step doctor libero
 step picture libero --episode 3
+step report
 
 cat <<END
 
 Where to look, in $PWD
+  report.html                             one page: cameras, conventions, distributions, tokens, the run
   libero-003.png                          frames, actions and coarse bins of one episode
   lerobot/libero/README.md                the dataset's card: conventions, features, what was left out
   lerobot/libero/dpipe/targets/tokens/    tokens; complexity.png helps to choose how many bins
