@@ -118,9 +118,10 @@ def main() -> int:
         ).returncode:
             missed.append(name)
     RESULTS.write_text(table())
-    print(
-        f"{RESULTS}: {len(missed)} benchmarks missed a goal" + (f" ({', '.join(missed)})" if missed else "")
-    )
+    if arguments.table:
+        print(f"{RESULTS}: rewritten from {OUT}")
+    else:
+        print(f"{RESULTS}: {len(missed)} benchmarks missed a goal {' '.join(missed)}")
     return 1 if missed else 0
 
 

@@ -436,11 +436,13 @@ assert not tried, tried
 
 
 def test_a_condition_over_episodes_reads_no_file(tmp_path: Path):
-    from dpipe.pipeline.catalog import select
+    from dpipe.pipeline.query import select_rows
 
+    episodes = pa.table({"frames": [1, 2]})
+    assert select_rows(episodes, "frames = 2") == [1]
     (tmp_path / "secret.csv").write_text("a\n1\n")
     with pytest.raises(UsageError):
-        select([], f"frames IN (SELECT a FROM read_csv('{tmp_path / 'secret.csv'}'))", None)
+        select_rows(episodes, f"frames IN (SELECT a FROM read_csv('{tmp_path / 'secret.csv'}'))")
 
 
 # --- our own folder -----------------------------------------------------------------------------------------
