@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..pipeline.workspace import Workspace
 
 
+OWN_OPTIONS = "dpipe.own_options"  # of one call: of the stages or the recipe it names
+
+
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options every command has."""
     for option in reversed(_common_options()):

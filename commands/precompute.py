@@ -12,6 +12,7 @@ from ..schemas.errors import UsageError
 from .convert import default_request, plan_request
 from .datasets import find_datasets, targets_folder, unmade_sources
 from .options import (
+    OWN_OPTIONS,
     agree_to,
     answer,
     count_workers,
@@ -51,8 +52,12 @@ class StageCommand(click.Command):
                 if not known & set(option.opts):
                     known |= set(option.opts)
                     made.append(option)
-        self.params = [*self.params, *made]
+        ctx.meta[OWN_OPTIONS] = made
         return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """With this call's own options, kept beside the call: the command outlives it."""
+        return [*super().get_params(ctx), *ctx.meta.get(OWN_OPTIONS, [])]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from ..stages import STAGES

@@ -15,6 +15,7 @@ from ..schemas.errors import UsageError
 from .convert import default_request
 from .datasets import find_datasets, targets_folder, unmade_sources
 from .options import (
+    OWN_OPTIONS,
     answer,
     count_workers,
     find_scheduler,
@@ -43,11 +44,17 @@ class RecipeCommand(click.Command):
             from ..trainer.loop import Options
 
             known = {name for parameter in self.params for name in parameter.opts}
+            own: list[click.Parameter] = []
             for options in (open_recipe(named[0]).config, Options):
                 made = [o for o in options_of(options, unset=True) if not known & set(o.opts)]
                 known |= {name for option in made for name in option.opts}
-                self.params = [*self.params, *made]
+                own += made
+            ctx.meta[OWN_OPTIONS] = own
         return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """With this call's own options, kept beside the call: the command outlives it."""
+        return [*super().get_params(ctx), *ctx.meta.get(OWN_OPTIONS, [])]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from ..trainer import RECIPES

@@ -49,8 +49,9 @@ def source_page(name: str) -> str:
     example = SOURCE_EXAMPLES.get(
         name, f"dpipe sample {name} --episodes 2\ndpipe convert {name} --to lerobot"
     )
-    parts = [*opening(name, import_module(converter.Options.__module__)), shell(example)]
+    parts = opening(name, import_module(converter.Options.__module__))
     parts.append(f"Expected below `raw/{name}/` or `--raw`:\n\n```text\n{converter.expects}\n```\n")
+    parts.append(shell(example))
     if converter.embodiment is not None:
         embodiment = converter.embodiment(converter.Options(), "")
         parts.append("## Features\n\nAs the default options make them.\n")
