@@ -32,6 +32,16 @@ SOURCE_EXAMPLES = {
     "dpipe convert lerobot --raw lerobot/libero --name copy",
 }
 
+# Stages and recipes that stand on a small policy train it first, for minutes; the examples ask for less.
+BASES = {
+    "teacher": "teacher",
+    "residuals": "anchor",
+    "privileged": "flow",
+    "vita": "teacher",
+    "anchorrefine": "anchor",
+    "pfd": "flow",
+}
+
 
 def pages() -> dict[str, str]:
     """Every generated page by its path below docs/."""
@@ -73,7 +83,7 @@ def own_files_page() -> str:
 def stage_page(name: str) -> str:
     stage = load_stage(name)
     parts = opening(name, import_module(stage.Params.__module__))
-    parts.append(shell(f"dpipe sample libero --episodes 4\ndpipe precompute {name}"))
+    parts.append(shell(example(name, f"dpipe precompute {name}")))
     if stage.recipes:
         links = ", ".join(f"[{recipe}](../recipes/{recipe}.md)" for recipe in stage.recipes)
         parts.append(f"Trained on by {links}.\n")
@@ -86,7 +96,7 @@ def recipe_page(name: str) -> str:
     recipe = open_recipe(name)
     module = import_module(recipe.config.__module__)
     parts = opening(name, module)
-    parts.append(shell(f"dpipe sample libero --episodes 4\ndpipe train {name} --steps 8"))
+    parts.append(shell(example(name if name not in BASES.values() else "", f"dpipe train {name} --steps 8")))
     parts.append(
         f"`--steps` is {recipe.steps} unless given; datasets and targets that are missing are made first.\n"
     )
@@ -149,6 +159,12 @@ def opening(name: str, module: Any) -> list[str]:
     where = Path(str(module.__file__)).resolve().relative_to(Path(__file__).resolve().parent.parent)
     parts = [f"# {name}\n", NOTE, " ".join(first.split()) + f" ([code](../../{where}))\n"]
     return [*parts, f"```text\n{rest}\n```\n"] if rest else parts
+
+
+def example(name: str, command: str) -> str:
+    """A command after some recordings, and after a base policy trained for a few steps where it needs one."""
+    base = f"dpipe train {BASES[name]} --steps 20\n" if name in BASES else ""
+    return f"dpipe sample libero --episodes 4\n{base}{command}"
 
 
 def shell(commands: str) -> str:
