@@ -72,7 +72,7 @@ def test_every_command_of_the_page_runs_as_typed(page: Path, tmp_path: Path):
 def test_the_three_commands_of_the_readme_run_as_typed(tmp_path: Path):
     """In a workspace that holds only raw/egodex; training is cut to a few steps."""
     readme = blocks(REPOSITORY / "README.md")
-    (three,) = [block.body for block in readme if "dpipe train libra" in block.body]
+    three = next(block.body for block in readme if "dpipe train libra" in block.body)
     (tmp_path / "page.md").write_text(f"```sh\ndpipe sample egodex --episodes 2\n{three}```\n")
     (said,) = run_page(tmp_path / "page.md", tmp_path, {"train libra": "train libra --steps 4"})
     assert "libra: 4 steps" in said and (tmp_path / "runs/libra/egodex").is_dir()

