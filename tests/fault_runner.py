@@ -118,7 +118,8 @@ def subject(
             shutil.rmtree(out, ignore_errors=True)
 
         def run() -> None:
-            run_convert(raw, out, name, part_frames=6 if name in ("libero", "calvin") else 100)
+            frames = 6 if name in ("libero", "calvin") else 100
+            run_convert(raw, out, name, part_frames=frames, variant="gripper" if name == "agibot" else "")
 
         return restart, run, lambda: dataset_is_complete(out), out
     options = write_stage(name, folder)
