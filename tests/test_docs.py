@@ -65,7 +65,7 @@ def test_the_example_of_every_stage_and_recipe_runs_as_typed(folder: str, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
 def test_every_command_of_the_page_runs_as_typed(page: Path, tmp_path: Path):
-    assert len(run_page(page, tmp_path, {"8786": str(free_port())})) >= 3
+    assert len(run_page(page, tmp_path, {"8786": str(free_port())})) >= 2
 
 
 @pytest.mark.slow
