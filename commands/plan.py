@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def plan(words: tuple[str, ...]) -> None:
+@click.pass_context
+def plan(ctx: click.Context, words: tuple[str, ...]) -> None:
     """What a command would do: any of convert, precompute, train with --dry-run.
 
     \b
@@ -26,4 +27,6 @@ def plan(words: tuple[str, ...]) -> None:
         raise UsageError(
             "plan what? dpipe plan convert SOURCE, dpipe plan precompute STAGE, dpipe plan train RECIPE"
         )
-    load_command(words[0]).main([*words[1:], "--dry-run"], standalone_mode=False)
+    command = load_command(words[0])
+    with command.make_context(words[0], [*words[1:], "--dry-run"], parent=ctx.parent) as inner:
+        command.invoke(inner)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from dpipe.cli import cli
 from dpipe.commands import COMMANDS, load_command
 from dpipe.commands.options import field_comments
 from dpipe.converters import MAPPED, SOURCES, load_converter
@@ -96,7 +97,10 @@ def recipe_page(name: str) -> str:
     recipe = open_recipe(name)
     module = import_module(recipe.config.__module__)
     parts = opening(name, module)
-    parts.append(shell(example(name if name not in BASES.values() else "", f"dpipe train {name} --steps 8")))
+    is_base = name in BASES.values()
+    parts.append(
+        shell(example("", train_base(name)) if is_base else example(name, f"dpipe train {name} --steps 8"))
+    )
     parts.append(
         f"`--steps` is {recipe.steps} unless given; datasets and targets that are missing are made first.\n"
     )
@@ -109,18 +113,18 @@ def recipe_page(name: str) -> str:
 
 def commands_page() -> str:
     parts = ["# Commands\n", NOTE]
+    # Below the program itself, as a user's call is: a command keeps the first help option that it is asked for.
+    top = click.Context(cli, info_name="dpipe", **{**cli.context_settings, "max_content_width": 100})
     for title, section in COMMANDS.items():
         parts.append(f"## {title}\n")
         for name in section:
             command = load_command(name)
-            context = click.Context(command, info_name=f"dpipe {name}", max_content_width=100)
-            context.terminal_width = 100
+            context = click.Context(command, info_name=name, parent=top, terminal_width=100)
             parts.append(f"### dpipe {name}\n\n```text\n{command.get_help(context).rstrip()}\n```\n")
             if name == "convert":  # the group's help lists sources; the options stand at each
                 source = command.get_command(context, "libero")
                 assert source is not None
-                inner = click.Context(source, info_name="libero", parent=context, max_content_width=100)
-                inner.terminal_width = 100
+                inner = click.Context(source, info_name="libero", parent=context, terminal_width=100)
                 parts.append(f"```text\n{source.get_help(inner).rstrip()}\n```\n")
     return "\n".join(parts)
 
@@ -163,8 +167,13 @@ def opening(name: str, module: Any) -> list[str]:
 
 def example(name: str, command: str) -> str:
     """A command after some recordings, and after a base policy trained for a few steps where it needs one."""
-    base = f"dpipe train {BASES[name]} --steps 20\n" if name in BASES else ""
+    base = f"{train_base(BASES[name])}\n" if name in BASES else ""
     return f"dpipe sample libero --episodes 4\n{base}{command}"
+
+
+def train_base(recipe: str) -> str:
+    """One wording on every page, so that whoever follows several in one workspace trains it once."""
+    return f"dpipe train {recipe} --steps 20"
 
 
 def shell(commands: str) -> str:
