@@ -138,6 +138,11 @@ class LeRobotPolicy:
         }
         if mode == "identity":
             table = {"mean": np.zeros(self.action_dim)}
+        elif not table:
+            raise DataError(
+                f"lerobot:{self.source}: its postprocessor holds no statistics of 'action', so nobody can say "
+                "what its chunks mean\n  Save it with make_pre_post_processors(config, dataset_stats=...)."
+            )
         kinds = ["scaled"] * self.action_dim
         return make_normaliser(mode, table, kinds=kinds, source=f"lerobot:{self.type}")
 

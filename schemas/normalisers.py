@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError, UsageError, unknown_name
-from .statistics import Blocks, exact_statistics
+from .statistics import STATISTICS, Blocks, exact_statistics
 
 SCALED = "scaled"
 BINARY = "binary"
@@ -248,6 +248,7 @@ def make_normaliser(
 ) -> Normaliser:
     """A normaliser from per-dimension statistics (`min max mean std q01 q99`; the mode reads what it needs).
 
+    What else stands among them is passed over: a lerobot dataset's own also say `count`, one number for all.
     Dimensions whose name contains `gripper` are left out of the mode: `gripper` is binary, bounds, raw or
     scaled; auto means binary when the statistics say two values (`levels` == 2, or ends of -1/1 or 0/1 where
     nothing is said) and bounds otherwise. `kinds` overrides it all, one per dimension.
@@ -257,8 +258,12 @@ def make_normaliser(
     if gripper not in ("auto", BINARY, BOUNDS, RAW, SCALED):
         raise unknown_name("gripper normalisation", gripper, ("auto", BINARY, BOUNDS, RAW, SCALED))
     rule = MODES[mode]
-    stats = {name: np.asarray(values, dtype=np.float64).reshape(-1) for name, values in statistics.items()}
-    dim = len(next(iter(stats.values())))
+    stats = {
+        name: np.asarray(values, dtype=np.float64).reshape(-1)
+        for name, values in statistics.items()
+        if name in STATISTICS
+    }
+    dim = len(next(iter(stats.values()), kinds))
     stats["zero"] = np.zeros(dim)
     chosen = tuple(kinds) or _kinds_from_names(names, dim, gripper, stats)
     needed = {rule.low, rule.high, *rule.constant_test} if SCALED in chosen else set()

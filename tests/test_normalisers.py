@@ -94,6 +94,12 @@ def test_z_scores_divide_by_std_plus_eps_and_do_not_clip():
     assert moving("gr00t_meanstd", 0.7) == pytest.approx(5.0)
 
 
+def test_statistics_of_a_lerobot_dataset_may_say_how_many_frames_they_count():
+    told = {"count": [120], "mean": [1.0, 2.0], "std": [0.5, 4.0], "q10": [0.0, 0.0]}
+    normal = make_normaliser("lerobot_meanstd", told, kinds=("scaled",) * 2)
+    assert normal.low == (1.0, 2.0) and normal.high == (0.5, 4.0)
+
+
 def test_identity_refuses_values_beyond_one_and_names_the_dimension():
     normal = make_normaliser("identity", STATS, names=("x", "y"))
     assert normal.normalise(np.array([[0.5, -1.0]])).tolist() == [[0.5, -1.0]]

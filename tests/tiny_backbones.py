@@ -65,7 +65,10 @@ def _save(model: transformers.PreTrainedModel, folder: Path) -> Path:
 
 
 def save_act(folder: Path, state: int = 8, action: int = 7) -> Path:
-    """ACT, saved by lerobot with its processors."""
+    """ACT, saved by lerobot with its processors, whose statistics are as lerobot's datasets have them.
+
+    `count` is one number for all dimensions, and the first of them in the file.
+    """
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.act.configuration_act import ACTConfig
     from lerobot.policies.act.modeling_act import ACTPolicy
@@ -91,7 +94,11 @@ def save_act(folder: Path, state: int = 8, action: int = 7) -> Path:
     stats = {
         "observation.state": {"mean": torch.zeros(state), "std": torch.ones(state)},
         CAMERA: {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)},
-        "action": {"mean": torch.arange(float(action)), "std": torch.full((action,), 2.0)},
+        "action": {
+            "count": torch.tensor([16]),
+            "mean": torch.arange(float(action)),
+            "std": torch.full((action,), 2.0),
+        },
     }
     for part in (ACTPolicy(config), *make_pre_post_processors(config, dataset_stats=stats)):
         part.save_pretrained(folder)
