@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from ..schemas.errors import DpipeError, UsageError
+from ..schemas.errors import UsageError
 from .datasets import find_datasets, targets_folder
-from .options import answer, common, open_space
-from .precompute import make_targets
-
-if TYPE_CHECKING:
-    from ..pipeline.workspace import Workspace
-    from ..trainer.compare import Ablation
+from .options import Execution, answer, common
+from .precompute import make_targets, missing_targets
 
 
 @click.command()
@@ -62,19 +58,21 @@ def compare(
         raise UsageError("--vary takes one RECIPE before it: dpipe compare libra --vary bins=5,10")
     chosen = [varied(names[0], vary)] if vary else [ablation_named(name) for name in names]
     numbers = _seeds(seeds)
-    space = open_space(workspace)
+    how = Execution(workspace, as_json=as_json, dry_run=dry_run)
+    space = how.space
     if dry_run:
         for ablation in chosen:
             runs = sorted({run_name(ablation, row, seed) for row in ablation.rows for seed in numbers})
             click.echo(f"{ablation.name}: {len(runs)} runs of {ablation.recipe}\n  " + "\n  ".join(runs))
         return
-    roots = find_datasets(space, (dataset,) if dataset else (), as_json, None, dry_run)
+    roots = find_datasets(how, (dataset,) if dataset else ())
     if len(roots) != 1:
         raise UsageError(f"name one of {', '.join(root.name for root in roots)} with --dataset")
     root = roots[0]
     for ablation in chosen:
-        for stage, params in _missing(space, root, ablation).items():
-            make_targets(space, root, [stage], {stage: params}, None, "", None, None, None, as_json)
+        settings = [row.config for row in ablation.rows]
+        for stage, params in missing_targets(space, root, ablation.recipe, settings).items():
+            make_targets(how, root, [stage], {stage: params})
         found = run(
             ablation,
             root,
@@ -92,26 +90,6 @@ def compare(
         draw_comparison(found, folder / f"{ablation.name}.png")
         written = ", ".join(str(folder / f"{ablation.name}.{kind}") for kind in ("md", "json", "png"))
         answer(found.to_json(), f"{found.table()}\n\n  {written}", as_json)
-
-
-def _missing(space: Workspace, root: Path, ablation: Ablation) -> dict[str, dict[str, Any]]:
-    """Stages whose targets a row asks for and the dataset has not; tokens for every number of bins at once."""
-    from ..streams.targets import open_targets
-    from ..trainer import open_recipe
-    from ..trainer.recipe import resolve
-
-    recipe, missing = open_recipe(ablation.recipe), dict[str, dict[str, Any]]()
-    for row in ablation.rows:
-        config = resolve(ablation.recipe, recipe.config, row.config)
-        for request in recipe.targets(config)[0]:
-            try:
-                open_targets(root, [request], 1, targets_folder(space, root))
-            except DpipeError:
-                stage = request.partition(":")[0]
-                params = missing.setdefault(stage, {})
-                if stage == "tokens":
-                    params["bins"] = tuple(sorted({*params.get("bins", ()), config.bins}))
-    return missing
 
 
 def _seeds(words: str) -> tuple[int, ...]:

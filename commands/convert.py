@@ -13,10 +13,9 @@ import click
 
 from ..schemas.errors import UsageError, unknown_name
 from .options import (
+    Execution,
     agree_to,
     answer,
-    count_workers,
-    find_scheduler,
     given_words,
     open_space,
     options_of,
@@ -188,13 +187,10 @@ def _convert_command(source: NamedSource, finish_only: bool = False) -> click.Co
         ),
         *(own if converter.name == MAPPED else options_of(converter.Options)),
     ]
-    command = click.Command(
-        source.name,
-        params=parameters,
-        callback=_converting(source, finish_only),
-        help=f"Convert {source.name}.\n\n{converter.expects}",
-    )
-    return running(command)  # type: ignore[return-value]
+    described = f"Convert {source.name}.\n\n{converter.expects}"
+    command = click.command(source.name, help=described)(running(_converting(source, finish_only)))
+    command.params[:0] = parameters
+    return command
 
 
 def default_request(space: Workspace, word: str) -> ConvertRequest:
@@ -230,16 +226,7 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
         allow_dropped: bool,
         no_images: bool,
         zarr_format: str,
-        workspace: Path | None,
-        as_json: bool,
-        debug: bool,
-        workers: int | None,
-        scheduler: str | None,
-        where: str | None,
-        max_time: float | None,
-        yes: bool,
-        dry_run: bool,
-        price: float | None,
+        how: Execution,
         map_file: Path | None = None,
         **given: Any,
     ) -> None:
@@ -252,10 +239,9 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
 
         if emit_sbatch:
             words = [w for w in given_words() if not w.startswith("--emit-sbatch") and w != str(emit_sbatch)]
-            click.echo(sbatch_script(words, emit_sbatch, count_workers(workers), max_time), nl=False)
+            click.echo(sbatch_script(words, emit_sbatch, how.processes, how.max_time), nl=False)
             return
-        space = open_space(workspace)
-        scheduler = find_scheduler(space, scheduler)
+        space = how.space
         name = name or (raw.resolve().name if raw and source.address == "lerobot" else source.name)
         raw = raw or source.raw or space.raw(source.name)
         if source.address == MAPPED:
@@ -269,12 +255,12 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
             options=options,
             video=VideoOptions(codec, video, parse_size(resize)),
             part_frames=part_frames or PART_FRAMES,
-            where=where,
+            where=how.where,
             limit=limit,
             verify=verify,
-            workers=count_workers(workers),
-            scheduler=scheduler,
-            max_time_s=max_time,
+            workers=how.processes,
+            scheduler=how.address,
+            max_time_s=how.seconds_left,
             share=parse_share(share) if share else None,
             finish_only=finish_only,
             shards=ShardOptions() if shards else None,
@@ -287,21 +273,23 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
             named = out.with_name(out.stem + suffix + out.suffix) if out else space.dataset(name + suffix, to)
             return named.resolve()
 
-        if dry_run:
-            steps = plan_request(request, as_json)
+        if how.dry_run:
+            steps = plan_request(request, how.as_json)
             if to != "lerobot":
-                steps += _plan_form(request, to, place_of, form, as_json)
-            show_plan(steps, request.workers, price, as_json)
+                steps += _plan_form(request, to, place_of, form, how.as_json)
+            show_plan(steps, request.workers, how.price, how.as_json)
             return
         results = convert_all(
-            request, show_progress(as_json), lambda steps: agree_to(steps, request.workers, yes)
+            request, show_progress(how.as_json), lambda steps: agree_to(steps, request.workers, how.yes)
         )
         for result in results:
-            _show_conversion(source.name, result, as_json)
+            _show_conversion(source.name, result, how.as_json)
             if to != "lerobot" and result.finished:
-                place, jobs = place_of(result.root), count_workers(workers)
-                wanted = OutputRequest(result.root, to, place, form, jobs, scheduler, max_time)
-                _write_output(wanted, yes, as_json)
+                place = place_of(result.root)
+                wanted = OutputRequest(
+                    result.root, to, place, form, how.processes, how.address, how.seconds_left
+                )
+                _write_output(wanted, how.yes, how.as_json)
         if any(result.dropped for result in results) and not allow_dropped:
             sys.exit(LEFT_OUT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 
 from ..schemas.errors import UsageError
 from .convert import convert
+from .options import Execution
 
 if TYPE_CHECKING:
     from ..pipeline.workspace import Workspace
@@ -21,24 +23,26 @@ def targets_folder(space: Workspace, root: Path) -> Path | None:
     return None if ours else space.targets(root.name)
 
 
-def find_datasets(
-    space: Workspace, named: tuple[str, ...], as_json: bool, workers: int | None, dry_run: bool = False
-) -> list[Path]:
-    """The datasets to work on: those named, else all; a workspace that has only raw recordings converts them."""
+def find_datasets(how: Execution, named: Sequence[str], convert_missing: bool = True) -> list[Path]:
+    """The datasets to work on: those named, else all; a workspace that has only raw recordings converts them.
+
+    Of `--dry-run` the list may be empty: everything is still to be converted.
+    """
     from ..converters import SOURCES
 
+    space = how.space
     if named:
         return [space.find_dataset(name) for name in named]
     unmade = unmade_sources(space)
-    if unmade:
-        plan = "; ".join(f"dpipe convert {source} --to lerobot" for source in unmade)
+    plan = "; ".join(f"dpipe convert {source} --to lerobot" for source in unmade)
+    if unmade and (convert_missing or how.dry_run):
         click.echo(f"first: {plan}", err=True)
-        for source in unmade if not dry_run else []:
-            arguments = [source, "--workspace", str(space.root), "--allow-dropped"]
-            arguments += ["--workers", str(workers)] if workers is not None else []
-            convert.main([*arguments, *(["--json"] if as_json else [])], standalone_mode=False)
+        for source in unmade if not how.dry_run else []:
+            convert.main([source, "--allow-dropped", *how.words()], standalone_mode=False)
     roots = space.datasets()
-    if not roots and not (dry_run and unmade):
+    if unmade and not roots and not convert_missing:
+        raise UsageError(f"no dataset in {space.root / 'lerobot'}, only recordings\n  next: {plan}")
+    if not roots and not (how.dry_run and unmade):
         raise UsageError(
             f"no dataset in {space.root / 'lerobot'} and no recordings in {space.root / 'raw'}\n"
             f"  next: put recordings into raw/<source>/ ({', '.join(SOURCES)}), or make some:  dpipe sample libero"

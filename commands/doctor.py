@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..schemas.errors import UsageError
 from .options import common, open_space
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--fix", is_flag=True, help="Write a copy with statistics, numbering and task table rebuilt.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of that copy.  [PATH-fixed]")
+@click.option("--where", help="Only episodes that meet an SQL condition; columns: dpipe query --schema.")
 @click.option("--source", help="Whose raw recordings these are.  [told from the folder]")
 @common
 def doctor(
@@ -38,6 +36,7 @@ def doctor(
     fail_on: str,
     fix: bool,
     out: Path | None,
+    where: str | None,
     source: str | None,
     workspace: Path | None,
     as_json: bool,
@@ -49,12 +48,15 @@ def doctor(
     dpipe doctor libero
     dpipe doctor ~/datasets/pusht --full --fail-on warn
     dpipe doctor raw/egodex
+    dpipe doctor libero --where "split = 'validation'" --full
     """
     from ..pipeline.doctor import Level, examine, report_text
     from ..pipeline.doctor.mend import fixed_folder, mend
 
     if (fast and full) or (out is not None and not fix):
         raise UsageError("--fast and --full exclude each other, and --out belongs to --fix")
+    if fix and where:
+        raise UsageError("--fix rebuilds a dataset whole, and --where looks at a part of it")
     space = open_space(workspace)
     level = Level.FAST if fast else Level.FULL if full else Level.SAMPLED
     reports = []
@@ -66,7 +68,7 @@ def doctor(
                 f"{path.name}: rebuilt {', '.join(done.changed) or 'nothing'} in {done.root}", err=True
             )
             path = done.root
-        reports.append(examine(path, level, source))
+        reports.append(examine(path, level, source, where))
         if not as_json:
             click.echo(report_text(reports[-1], fail_on))
     if as_json:

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,76 @@ if TYPE_CHECKING:
 
 
 OWN_OPTIONS = "dpipe.own_options"  # of one call: of the stages or the recipe it names
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a command is to do its work: the options that `running` adds, as one value."""
+
+    workspace: Path | None = None
+    as_json: bool = False
+    debug: bool = False  # cli.main reads it from the words, for errors that come before any option is parsed
+    workers: int | None = None  # None: one a core
+    scheduler: str | None = None
+    where: str | None = None  # SQL over episodes
+    max_time: float | None = None  # seconds
+    yes: bool = False
+    dry_run: bool = False
+    price: float | None = None  # of a core hour
+    begun: float = field(default_factory=time.monotonic, init=False)
+
+    @property
+    def processes(self) -> int:
+        """`workers`, or as many as there are cores."""
+        return self.workers if self.workers is not None else count_cores()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of `--max-time`, over all that one command does in turn."""
+        return None if self.max_time is None else max(1.0, self.max_time - (time.monotonic() - self.begun))
+
+    def words(self) -> list[str]:
+        """The same for a command that this one runs first: all but what chooses episodes."""
+        words = ["--workspace", str(self.space.root)]
+        words += ["--workers", str(self.workers)] if self.workers is not None else []
+        words += ["--scheduler", self.scheduler] if self.scheduler else []
+        words += ["--max-time", f"{self.seconds_left:.0f}"] if self.max_time is not None else []
+        words += ["--json"] if self.as_json else []
+        return [*words, *(["--yes"] if self.yes else [])]
+
+    @cached_property
+    def space(self) -> Workspace:
+        return open_space(self.workspace)
+
+    @cached_property
+    def address(self) -> str | None:
+        """What `--scheduler` stands for in this workspace."""
+        from ..pipeline.cluster import scheduler_of
+
+        return scheduler_of(self.scheduler, self.space.settings) if self.scheduler else None
+
+
+class OwnOptionsCommand(click.Command):
+    """A command with further options by what its words name: `dpipe precompute STAGE`, `dpipe train RECIPE`."""
+
+    def own_options(self, args: Sequence[str]) -> Iterable[type]:
+        """Dataclasses whose fields are options of this call."""
+        raise NotImplementedError
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = {flag for parameter in self.params for flag in parameter.opts}
+        made: list[click.Parameter] = []
+        for kind in self.own_options(args):
+            for option in options_of(kind, unset=True):
+                if not known & set(option.opts):
+                    known |= set(option.opts)
+                    made.append(option)
+        # Beside the call and not in the command, which outlives it.
+        ctx.meta[OWN_OPTIONS] = made
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *ctx.meta.get(OWN_OPTIONS, [])]
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,10 +138,16 @@ def _run_options() -> list[Callable[..., Any]]:
 
 
 def running(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of commands that do work."""
+    """Options of commands that do work, handed to the function as one Execution named `how`."""
+
+    @wraps(function)
+    def bundled(*args: Any, **given: Any) -> Any:
+        how = Execution(**{item.name: given.pop(item.name) for item in fields(Execution) if item.init})
+        return function(*args, how=how, **given)
+
     for option in reversed(_run_options()):
-        function = option(function)
-    return common(function)
+        bundled = option(bundled)
+    return common(bundled)
 
 
 def options_of(options_type: type, unset: bool = False) -> list[click.Parameter]:
@@ -128,22 +206,13 @@ def open_space(folder: Path | None) -> Workspace:
     return open_workspace(folder)
 
 
-def find_scheduler(space: Workspace, word: str | None) -> str | None:
-    """What `--scheduler` stands for in this workspace."""
-    from ..pipeline.cluster import scheduler_of
-
-    return scheduler_of(word, space.settings) if word else None
-
-
 def show_progress(as_json: bool) -> Progress:
     from ..pipeline.progress import Progress
 
     return Progress(json_events=as_json)
 
 
-def count_workers(given: int | None) -> int:
-    if given is not None:
-        return given
+def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

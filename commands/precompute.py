@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..schemas.errors import UsageError
+from ..schemas.errors import DpipeError, UsageError
 from .convert import default_request, plan_request
 from .datasets import find_datasets, targets_folder, unmade_sources
 from .options import (
-    OWN_OPTIONS,
+    Execution,
+    OwnOptionsCommand,
     agree_to,
     answer,
-    count_workers,
-    find_scheduler,
-    open_space,
-    options_of,
     running,
     show_plan,
     show_progress,
@@ -38,26 +35,13 @@ POLICIES = {
 }
 
 
-class StageCommand(click.Command):
+class StageCommand(OwnOptionsCommand):
     """`dpipe precompute STAGE...`: the options of the stages named are the command's own."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def own_options(self, args: Sequence[str]) -> Iterable[type]:
         from ..stages import STAGES, load_stage
 
-        named = [word for word in args if word in STAGES]
-        known = {name for parameter in self.params for name in parameter.opts}
-        made: list[click.Parameter] = []
-        for name in named:
-            for option in options_of(load_stage(name).Params, unset=True):
-                if not known & set(option.opts):
-                    known |= set(option.opts)
-                    made.append(option)
-        ctx.meta[OWN_OPTIONS] = made
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """With this call's own options, kept beside the call: the command outlives it."""
-        return [*super().get_params(ctx), *ctx.meta.get(OWN_OPTIONS, [])]
+        return [load_stage(word).Params for word in args if word in STAGES]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from ..stages import STAGES
@@ -81,16 +65,7 @@ def precompute(
     out: Path | None,
     name: str,
     no_deps: bool,
-    workspace: Path | None,
-    as_json: bool,
-    debug: bool,
-    workers: int | None,
-    scheduler: str | None,
-    where: str | None,
-    max_time: float | None,
-    yes: bool,
-    dry_run: bool,
-    price: float | None,
+    how: Execution,
     **given: Any,
 ) -> None:
     """Datasets to supervision targets. Without a stage: what each would cost here, and which recipe needs it.
@@ -105,15 +80,14 @@ def precompute(
 
     from ..stages import load_stage
 
-    space = open_space(workspace)
-    scheduler = find_scheduler(space, scheduler)
-    if where:
+    space = how.space
+    if how.where:
         raise UsageError(
             "targets are of whole datasets: a loader refuses one that lacks episodes\n"
-            f'  next: dpipe select DATASET --where "{where}" --name PART   and precompute --dataset PART'
+            f'  next: dpipe select DATASET --where "{how.where}" --name PART   and precompute --dataset PART'
         )
     if not stages:
-        _list_stages(space, datasets, out, as_json)
+        _list_stages(space, datasets, out, how.as_json)
         return
     for stage in stages:
         load_stage(stage)
@@ -124,22 +98,21 @@ def precompute(
         }
         for stage in stages
     }
-    if dry_run:
-        steps = plan_missing(space, datasets, stages, as_json)
-        for root in find_datasets(space, datasets, as_json, None, dry_run):
+    if how.dry_run:
+        steps = plan_missing(space, datasets, stages, how.as_json)
+        for root in find_datasets(how, datasets):
             steps += plan_dataset(space, root, stages, params, out, name)
-        show_plan(steps, count_workers(workers), price, as_json)
+        show_plan(steps, how.processes, how.price, how.as_json)
         return
-    roots = find_datasets(space, datasets, as_json, None if no_deps else workers, dry_run)
-    large = [root for root in roots if frames_of(root) > PROBED_ABOVE_FRAMES] if not yes else []
+    roots = find_datasets(how, datasets, convert_missing=not no_deps)
+    large = [root for root in roots if frames_of(root) > PROBED_ABOVE_FRAMES] if not how.yes else []
     agree_to(
         [step for root in large for step in plan_dataset(space, root, stages, params, out, name)],
-        count_workers(workers),
-        yes,
+        how.processes,
+        how.yes,
     )
     for root in roots:
-        told = out, name, workers, scheduler, max_time, as_json, not no_deps
-        make_targets(space, root, list(stages), params, *told)
+        make_targets(how, root, stages, params, out, name, train_missing=not no_deps)
 
 
 def plan_missing(space: Workspace, named: Sequence[str], stages: Sequence[str], as_json: bool) -> list[Step]:
@@ -183,34 +156,31 @@ def frames_of(root: Path) -> int:
 
 
 def make_targets(
-    space: Workspace,
+    how: Execution,
     root: Path,
-    stages: list[str],
-    params: dict[str, dict[str, Any]],
-    out: Path | None,
-    name: str,
-    workers: int | None,
-    scheduler: str | None,
-    max_time: float | None,
-    as_json: bool,
+    stages: Sequence[str],
+    params: Mapping[str, Mapping[str, Any]],
+    out: Path | None = None,
+    name: str = "",
     train_missing: bool = True,
 ) -> None:
     """Run stages over one dataset; embedded policies they need are trained first."""
     from ..pipeline.precompute import precompute as run
 
+    space = how.space
     if train_missing:
-        _train_policies(space, root, stages, params, workers, as_json)
+        _train_policies(how, root, stages, params)
     params = {stage: {**_embedded(space, root, stage), **params.get(stage, {})} for stage in stages}
     made = run(
         root,
-        stages,
+        list(stages),
         params,
-        count_workers(workers),
+        how.processes,
         out or targets_folder(space, root),
-        show_progress(as_json),
+        show_progress(how.as_json),
         name=name,
-        scheduler=scheduler,
-        max_time_s=max_time,
+        scheduler=how.address,
+        max_time_s=how.seconds_left,
     )
     for target in made:
         text = (
@@ -218,7 +188,32 @@ def make_targets(
             f"{target.bytes / 1e6:.2f} MB in {target.folder}; {target.computed_episodes} episodes computed now"
         )
         facts = {n: v for n, v in vars(target).items() if n != "report"} | {"folder": str(target.folder)}
-        answer(facts, text, as_json)
+        answer(facts, text, how.as_json)
+
+
+def missing_targets(
+    space: Workspace, root: Path, recipe: str, configs: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Stages whose targets a recipe asks for, under any of these settings, and the dataset has not.
+
+    With the options its requests imply: tokens for every number of bins at once.
+    """
+    from ..streams.targets import open_targets
+    from ..trainer import open_recipe
+    from ..trainer.recipe import resolve
+
+    made, missing = open_recipe(recipe), dict[str, dict[str, Any]]()
+    for values in configs:
+        config = resolve(recipe, made.config, values)
+        for request in made.targets(config)[0]:
+            try:
+                open_targets(root, [request], 1, targets_folder(space, root))
+            except DpipeError:  # not there or not fit: the stage makes it, or says what it lacks
+                stage = request.partition(":")[0]
+                params = missing.setdefault(stage, {})
+                if stage == "tokens":
+                    params["bins"] = tuple(sorted({*params.get("bins", ()), config.bins}))
+    return missing
 
 
 def _embedded(space: Workspace, root: Path, stage: str) -> dict[str, Any]:
@@ -231,24 +226,17 @@ def _embedded(space: Workspace, root: Path, stage: str) -> dict[str, Any]:
 
 
 def _train_policies(
-    space: Workspace,
-    root: Path,
-    stages: Sequence[str],
-    params: Mapping[str, Mapping[str, Any]],
-    workers: int | None,
-    as_json: bool,
+    how: Execution, root: Path, stages: Sequence[str], params: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Train the embedded policies that the stages run and nobody has named or trained."""
     for stage in stages:
         option, recipe = POLICIES.get(stage, ("", ""))
-        if not option or params.get(stage, {}).get(option) or _embedded(space, root, stage):
+        if not option or params.get(stage, {}).get(option) or _embedded(how.space, root, stage):
             continue
         from .train import train
 
         click.echo(f"first: dpipe train {recipe} --dataset {root.name}", err=True)
-        words = [recipe, "--workspace", str(space.root), "--dataset", str(root)]
-        words += ["--workers", str(workers)] if workers is not None else []
-        train.main([*words, *(["--json"] if as_json else [])], standalone_mode=False)
+        train.main([recipe, "--dataset", str(root), *how.words()], standalone_mode=False)
 
 
 # --- the list -----------------------------------------------------------------------------------------------
@@ -293,7 +281,6 @@ def _costs(space: Workspace, root: Path, out: Path | None) -> list[StageCost]:
 
 def _stand_in(root: Path, stage: str, folder: Path) -> dict[str, Any]:
     """An untrained policy of the size the recipe would train: what it costs does not depend on what it knows."""
-    from ..schemas.errors import DpipeError
     from ..streams.dataset import open_dataset
 
     option, recipe = POLICIES[stage]

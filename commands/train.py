@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -15,16 +15,13 @@ from ..schemas.errors import UsageError
 from .convert import default_request
 from .datasets import find_datasets, targets_folder, unmade_sources
 from .options import (
-    OWN_OPTIONS,
+    Execution,
+    OwnOptionsCommand,
     answer,
-    count_workers,
-    find_scheduler,
-    open_space,
-    options_of,
     running,
     show_progress,
 )
-from .precompute import make_targets, plan_dataset, plan_missing
+from .precompute import make_targets, missing_targets, plan_dataset, plan_missing
 
 if TYPE_CHECKING:
     from ..pipeline.plan import Step
@@ -32,29 +29,19 @@ if TYPE_CHECKING:
     from ..trainer.sizes import Sizes
 
 
-class RecipeCommand(click.Command):
+class RecipeCommand(OwnOptionsCommand):
     """`dpipe train RECIPE`: the options of the recipe named are the command's own."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def own_options(self, args: Sequence[str]) -> Iterable[type]:
         from ..trainer import RECIPES
 
         named = [word for word in args if word in RECIPES]
-        if named and ("--help" in args or "-h" in args or len(args) > 1):
-            from ..trainer import open_recipe
-            from ..trainer.loop import Options
+        if not named or len(args) == 1:  # no option to know of: torch need not be imported yet
+            return []
+        from ..trainer import open_recipe
+        from ..trainer.loop import Options
 
-            known = {name for parameter in self.params for name in parameter.opts}
-            own: list[click.Parameter] = []
-            for options in (open_recipe(named[0]).config, Options):
-                made = [o for o in options_of(options, unset=True) if not known & set(o.opts)]
-                known |= {name for option in made for name in option.opts}
-                own += made
-            ctx.meta[OWN_OPTIONS] = own
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """With this call's own options, kept beside the call: the command outlives it."""
-        return [*super().get_params(ctx), *ctx.meta.get(OWN_OPTIONS, [])]
+        return [open_recipe(named[0]).config, Options]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from ..trainer import RECIPES
@@ -94,16 +81,7 @@ def train(
     no_deps: bool,
     preset: str,
     track: str,
-    workspace: Path | None,
-    as_json: bool,
-    debug: bool,
-    workers: int | None,
-    scheduler: str | None,
-    where: str | None,
-    max_time: float | None,
-    yes: bool,
-    dry_run: bool,
-    price: float | None,
+    how: Execution,
     **given: Any,
 ) -> None:
     """Targets to a policy; datasets and targets that are missing are made first.
@@ -115,11 +93,11 @@ def train(
     """
     from ..pipeline.groups import group_datasets, stop_at_several
     from ..trainer import RECIPES, open_recipe
+    from ..trainer.presets import preset_of
 
     if recipe not in RECIPES:
         open_recipe(recipe)
-    space = open_space(workspace)
-    scheduler = find_scheduler(space, scheduler)
+    space = how.space
     settings = space.settings.get("train", {}).get(recipe, {})
     named = datasets or tuple(settings.get("datasets", ()))
     if mix is not None:
@@ -127,29 +105,32 @@ def train(
     if not named:
         _stop_before_work(space, recipe)
     try:
-        roots = find_datasets(space, named, as_json, None if no_deps else workers, dry_run)
+        roots = find_datasets(how, named, convert_missing=not no_deps)
     except UsageError as error:
-        if named or not dry_run:
+        if named or not how.dry_run:
             raise
         sizes = _sizes(recipe, given, steps, preset, [])
-        answer({"sizes": sizes.to_json()}, sizes.table, as_json)
+        answer({"sizes": sizes.to_json()}, sizes.table, how.as_json)
         click.echo(f"without data there is no plan: {str(error).splitlines()[0]}", err=True)
         return
     if not roots:  # --dry-run, with everything still to be converted
-        planned = plan_missing(space, named, (), as_json)
-        _show(planned, _sizes(recipe, given, steps, preset, []), count_workers(workers), price, as_json)
+        planned = plan_missing(space, named, (), how.as_json)
+        _show(planned, _sizes(recipe, given, steps, preset, []), how.processes, how.price, how.as_json)
         click.echo(f"then: dpipe train {recipe}, on what is converted", err=True)
         return
     groups = group_datasets(roots)
     if len(groups) > 1:
         stop_at_several(groups, recipe, _mixing_problem(recipe))
     mixing = mix is not None or len(groups) > 1
-    if mixing and where:
+    if mixing and how.where:
         raise UsageError("--where chooses episodes of one dataset: make those to mix with  dpipe select")
     if not mixing and len(roots) > 1:
         listed = ", ".join(root.name for root in roots)
         raise UsageError(f"{recipe}: name one of {listed} with --dataset, or merge them first")
-    missing = {root: _missing_targets(space, root, recipe, given) for root in roots}
+    preset_settings = preset_of(recipe, preset)
+    own, options = _divide(given)
+    own = {**preset_settings.config, **own}
+    missing = {root: missing_targets(space, root, recipe, [own]) for root in roots}
     for root in roots:
         if frames in ("auto", "jpeg") and _wants_shards(root):
             missing[root]["shards"] = {}
@@ -157,30 +138,27 @@ def train(
     for root in roots:
         if missing[root]:
             click.echo(f"first: dpipe precompute {' '.join(missing[root])} --dataset {root.name}", err=True)
-    if dry_run:
+    if how.dry_run:
         from ..pipeline.plan import plan_training
 
-        planned = plan_missing(space, named, (), as_json)
+        planned = plan_missing(space, named, (), how.as_json)
         for root in roots:
             planned += plan_dataset(space, root, list(missing[root]), missing[root])
         planned.append(plan_training(recipe, roots, run_dir, steps))
-        _show(planned, _sizes(recipe, given, steps, preset, roots), count_workers(workers), price, as_json)
+        _show(planned, _sizes(recipe, given, steps, preset, roots), how.processes, how.price, how.as_json)
         return
     for root in roots if not no_deps else ():
         for stage, params in missing[root].items():
-            make_targets(space, root, [stage], {stage: params}, None, "", workers, scheduler, None, as_json)
-    from ..trainer.presets import preset_of
-
-    named_settings = preset_of(recipe, preset)
-    config, options = _divide(given)
+            make_targets(how, root, [stage], {stage: params})
     common: dict[str, Any] = {
-        "steps": steps or named_settings.steps or None,
-        "config": {**named_settings.config, **config},
-        "options": {**named_settings.options, **options},
+        "steps": steps or preset_settings.steps or None,
+        "config": own,
+        "options": {**preset_settings.options, **options},
         "frames": frames,
         "say": lambda text: click.echo(text, err=True),
         "preset": preset,
         "track": track.split(","),
+        "max_time_s": how.seconds_left,
     }
     if mixing:
         from ..trainer.mixed import train_mixed
@@ -193,7 +171,7 @@ def train(
         from ..trainer.run import train as run
 
         targets = targets_folder(space, roots[0])
-        only = select_episodes(roots[0], where)
+        only = select_episodes(roots[0], how.where)
         result = run(recipe, roots[0], run_dir, targets=targets, only=only, **common)
     facts = {
         "run": str(result.run_dir),
@@ -202,7 +180,9 @@ def train(
         "metrics": dict(result.metrics),
     }
     answer(
-        facts | {"checkpoint": str(result.checkpoint)}, f"{result.message}\n  run: {result.run_dir}", as_json
+        facts | {"checkpoint": str(result.checkpoint)},
+        f"{result.message}\n  run: {result.run_dir}",
+        how.as_json,
     )
 
 
@@ -278,23 +258,3 @@ def _wants_shards(root: Path) -> bool:
     dataset = open_dataset(root)
     ours = dataset.manifest is not None and os.access(root / "dpipe", os.W_OK)
     return ours and bool(dataset.cameras) and find_shards(dataset, dataset.cameras) is None
-
-
-def _missing_targets(
-    space: Workspace, root: Path, recipe: str, given: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Stages the recipe needs and the dataset has not, each with the options its request names."""
-    from ..trainer import open_recipe
-    from ..trainer.recipe import resolve
-
-    made = open_recipe(recipe)
-    names = {item.name for item in fields(made.config)}
-    config = resolve(recipe, made.config, {k: v for k, v in given.items() if v is not None and k in names})
-    requests, _ = made.targets(config)
-    base = targets_folder(space, root) or root / "dpipe" / "targets"
-    missing: dict[str, dict[str, Any]] = {}
-    for request in requests:
-        stage = request.partition(":")[0]
-        if not (base / stage).is_dir() or not any((base / stage).iterdir()):
-            missing[stage] = {}
-    return missing

@@ -26,6 +26,7 @@ from dpipe.trainer.loop import (
     Options,
     Phase,
     WeightAverage,
+    any_process,
     fit,
     learning_rate,
     load_checkpoint,
@@ -37,6 +38,7 @@ from dpipe.trainer.loop import (
 from dpipe.trainer.losses import masked_mean, valid_steps
 from dpipe.trainer.memory import MemoryBatches
 from dpipe.trainer.track import open_trackers
+from pages import free_port
 from safetensors.torch import load_file
 
 OPTIONS = Options(batch_size=8, lr=1e-2, log_every=2, checkpoint_every=4, ema=0.9, accumulate=2)
@@ -71,7 +73,9 @@ class Line(torch.nn.Module):
         self.count = progress["count"]
 
 
-def run(folder: Path, options: Options = OPTIONS, stop_after=None, track=(), make=None, drop=0.1):
+def run(
+    folder: Path, options: Options = OPTIONS, stop_after=None, track=(), make=None, drop=0.1, max_time_s=None
+):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = (make or Line)(drop)
@@ -85,7 +89,8 @@ def run(folder: Path, options: Options = OPTIONS, stop_after=None, track=(), mak
 
     # Accelerate keeps the precision of its first user; every run here has its own.
     AcceleratorState._reset_state(reset_partial_state=True)
-    quiet, then = (lambda line: None), {"stop_after": stop_after, "track": track}
+    quiet = lambda line: None  # noqa: E731
+    then = {"stop_after": stop_after, "track": track, "max_time_s": max_time_s}
     metrics = fit(model, open_batches, PHASES, options, folder, prepare, quiet, **then)
     return model, metrics
 
@@ -156,6 +161,39 @@ def test_a_run_killed_in_mid_training_ends_with_the_same_weights(undisturbed, tm
     assert load_checkpoint(tmp_path / "checkpoints").step < 16
     run(tmp_path)
     assert_same(weights(tmp_path), weights(undisturbed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_the_step_it_is_in_checkpointed(undisturbed, tmp_path, number):
+    class Signalled(Line):
+        def advance(self, step, metrics):
+            if self.count == 4:
+                os.kill(os.getpid(), number)
+            return super().advance(step, metrics)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="after step 5 of 16, checkpointed"):
+        run(tmp_path, make=Signalled)
+    assert signal.getsignal(number) == before
+    run(tmp_path)
+    assert_same(weights(tmp_path), weights(undisturbed))
+
+
+def test_a_run_past_its_time_ends_after_the_step_it_is_in_checkpointed(tmp_path):
+    with pytest.raises(Interrupted, match="after step 1 of 16, checkpointed"):
+        run(tmp_path, max_time_s=0.0)
+
+
+def ask_others(rank: int, port: int) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", address, world_size=2, rank=rank)
+    assert any_process(rank == 1, 2)
+    assert not any_process(False, 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_where_one_process_is_asked_to_leave_all_are():
+    torch.multiprocessing.spawn(ask_others, (free_port(),), nprocs=2)
 
 
 def test_the_first_phase_leaves_frozen_parameters_alone(tmp_path):

@@ -3,7 +3,6 @@
 # ruff: noqa: E402 - what needs torch is imported once torch is known to be there
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from dpipe.pipeline.precompute import precompute
 from dpipe.schemas.errors import UsageError
 from dpipe.schemas.statistics import fit_statistics
+from pages import free_port
 from tiny_dataset import episode_columns, write_tiny
 
 torch = pytest.importorskip("torch")
@@ -35,12 +35,6 @@ def make_dataset(root: Path) -> Path:
     (root / "meta/stats.json").write_text(json.dumps(stats))
     precompute(root, ["tokens"], {"tokens": {"probe": "none"}})
     return root
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def launch(root: Path, run: Path, processes: int, words: list[str]) -> list[dict]:

@@ -169,12 +169,13 @@ def fit(
     accelerator: Accelerator | None = None,
     stop_after: int | None = None,
     track: Sequence[str] = (),
+    max_time_s: float | None = None,
 ) -> dict[str, float]:
     """Train `model` (an Objective) through `phases`, resuming from the newest checkpoint; the last metrics.
 
     `open_batches(phase, rank, world)` gives this process's share of a phase's batches; `prepare` makes tensors
-    of a batch. `stop_after` ends the run, checkpointed, after that many steps of this call. `track` names where
-    metrics go beside metrics.jsonl (see `track.py`).
+    of a batch. `stop_after` ends the run, checkpointed, after that many steps of this call, `max_time_s` after
+    that many seconds. `track` names where metrics go beside metrics.jsonl (see `track.py`).
 
     A batch computed in parts has the draws, samples and gradient of the whole, up to one thing: a masked mean is
     taken within each part, and the parts count alike however much padding each has.
@@ -205,7 +206,7 @@ def fit(
 
     last: dict[str, float] = {}
     start = -phases[0].steps  # of the phase, in steps of the run
-    with StopSignal() as stop:
+    with StopSignal(max_time_s) as stop:
         for number, phase in enumerate(phases):
             start += phases[max(0, number - 1)].steps
             if first >= start + phase.steps:
@@ -256,7 +257,9 @@ def fit(
 
                 step = start + index + 1
                 ending = index + 1 == phase.steps
-                leaving = stop.asked or (stop_after is not None and step - first >= stop_after)
+                leaving = any_process(stop.asked, world) or (
+                    stop_after is not None and step - first >= stop_after
+                )
                 if step % options.log_every == 0 or ending or leaving:
                     last = {name: float(mean_over_processes(value)) for name, value in metrics.items()}
                     if not math.isfinite(last["loss"]):
@@ -325,6 +328,15 @@ def _gather(place: dict[str, Any], world: int) -> list[dict[str, Any]]:
     return places
 
 
+def any_process(asked: bool, world: int) -> bool:
+    """Whether some process is asked to leave: all leave after the same step, or none could save."""
+    if world == 1:
+        return asked
+    told = torch.tensor(float(asked), device=Accelerator().device)
+    torch.distributed.all_reduce(told)
+    return bool(told)
+
+
 def read_health(batches: Batches) -> dict[str, float]:
     """What the stream did since the last reading; nothing where batches come from memory."""
     read = getattr(batches, "health", None)
@@ -356,13 +368,22 @@ class Clock:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM asks the loop to checkpoint and leave; a second one ends it at once."""
+    """SIGINT, SIGTERM, SIGUSR1 (SLURM's warning) or a time limit asks the loop to checkpoint and leave.
 
-    asked = False
+    The same signal once more ends it at once.
+    """
+
+    def __init__(self, max_time_s: float | None = None) -> None:
+        self._signalled = False
+        self._ending = math.inf if max_time_s is None else time.monotonic() + max_time_s
+
+    @property
+    def asked(self) -> bool:
+        return self._signalled or time.monotonic() > self._ending
 
     def __enter__(self) -> "StopSignal":
         self._before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             try:
                 self._before[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread: whoever started us handles signals
@@ -374,7 +395,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
+        self._signalled = True
         signal.signal(number, self._before[number])
 
 

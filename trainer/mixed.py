@@ -117,6 +117,7 @@ def train_mixed(
     stop_after: int | None = None,
     preset: str = "",
     track: Sequence[str] = (),
+    max_time_s: float | None = None,
 ) -> Result:
     """As `run.train`, on several datasets. `targets` maps a dataset's folder to that of its targets."""
     problem = mixing_problem(recipe)
@@ -203,6 +204,7 @@ def train_mixed(
         say,
         stop_after,
         track,
+        max_time_s,
     )
 
 

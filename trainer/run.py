@@ -82,14 +82,15 @@ def train(
     preset: str = "",
     track: Sequence[str] = (),
     only: Sequence[int] | None = None,
+    max_time_s: float | None = None,
 ) -> Result:
     """Train `recipe` on a dataset; see the module text for what lies in `run_dir` afterwards.
 
     `config` and `options` override the recipe's `Config` and the loop's `Options` by name (values or words), and
     both go before a `preset`'s (`presets.py`).
     `targets` is the folder of targets where it is not the dataset's own; `frames` as for `open_stream`.
-    `stop_after` leaves after so many steps of this call, with `Interrupted`. `track`: see `track.py`. `only` are
-    the episodes to learn from, out of those of the split.
+    `stop_after` leaves after so many steps of this call, `max_time_s` after so many seconds, both with
+    `Interrupted`. `track`: see `track.py`. `only` are the episodes to learn from, out of those of the split.
     """
     made, named = open_recipe(recipe), preset_of(recipe, preset)
     resolved = resolve(recipe, made.config, {**named.config, **(config or {})})
@@ -143,7 +144,7 @@ def train(
             "contracts": {name: contract.to_json() for name, contract in supervision.contracts.items()},
         },
     )
-    return carry_out(whole, run_dir, say, stop_after, track)
+    return carry_out(whole, run_dir, say, stop_after, track, max_time_s)
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def carry_out(
     say: Say = print,
     stop_after: int | None = None,
     track: Sequence[str] = (),
+    max_time_s: float | None = None,
 ) -> Result:
     """Train what was made ready, or find it trained; the run's files are written here."""
     terms = {
@@ -204,6 +206,7 @@ def carry_out(
         accelerator,
         stop_after,
         track,
+        max_time_s,
     )
     saved = load_checkpoint(run_dir / "checkpoints")
     assert saved is not None
