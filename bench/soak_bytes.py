@@ -26,7 +26,7 @@ from corruption import KINDS
 from measure import OUT, machine
 
 RESULT = OUT / "soak_bytes.json"
-BATCH = 100
+BATCH = 500
 MOST_MB = 1024
 
 

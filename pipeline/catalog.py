@@ -454,13 +454,18 @@ def select(refs: Refs, where: str | None, limit: int | None) -> Refs:
     """Episodes that meet an SQL condition over the catalogue, then the first `limit` of them."""
     chosen = refs
     if where:
-        from .query import select_rows
-
-        chosen = refs.take(np.asarray(select_rows(_sql_table(refs), where), np.int64))
+        chosen = refs.take(np.asarray(rows_that_meet(refs, where), np.int64))
     return chosen if limit is None else chosen[:limit]
 
 
-def _sql_table(refs: Refs) -> pa.Table:
+def rows_that_meet(refs: Sequence[EpisodeRef], where: str) -> list[int]:
+    """Which recordings meet an SQL condition, in order."""
+    from .query import select_rows
+
+    return select_rows(_sql_table(refs), where)
+
+
+def _sql_table(refs: Sequence[EpisodeRef]) -> pa.Table:
     """What --where may speak of: the catalogue's columns, and what converters told of each episode."""
     import pyarrow as pa
 

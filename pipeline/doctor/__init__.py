@@ -22,17 +22,25 @@ from .checks import CHECKS, Check, Finding, Findings, Found, Level, Report, chec
 __all__ = ["CHECKS", "Check", "Finding", "Found", "Level", "Report", "check", "examine", "report_text"]
 
 
-def examine(path: Path, level: Level = Level.SAMPLED, source: str | None = None) -> Report:
-    """Everything wrong with what lies at `path`; UsageError when that is nothing a doctor knows."""
+def examine(
+    path: Path, level: Level = Level.SAMPLED, source: str | None = None, where: str | None = None
+) -> Report:
+    """Everything wrong with what lies at `path`; UsageError when that is nothing a doctor knows.
+
+    `where`: an SQL condition; rows, numbers and pictures of the episodes that meet it alone, beside all metadata.
+    """
     path = Path(path)
     started = time.perf_counter()
-    report = _examine(path, level, source)
+    if where and level == Level.FAST:
+        raise UsageError("--where chooses among rows and pictures, and --fast looks at neither")
+    report = _examine(path, level, source, where)
+    report.where = where or ""
     report.findings.sort(key=lambda finding: ("error", "warn", "note").index(finding.severity))
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _examine(path: Path, level: Level, source: str | None) -> Report:
+def _examine(path: Path, level: Level, source: str | None, where: str | None) -> Report:
     from .dataset import examine_dataset
     from .raw import examine_raw, find_source
 
@@ -41,7 +49,9 @@ def _examine(path: Path, level: Level, source: str | None) -> Report:
             f"nothing at {path}\n  next: name a dataset, a folder of raw recordings, targets or shards"
         )
     if source is None and ((path / "meta").is_dir() or (path / "dpipe").is_dir()):
-        return examine_dataset(path, level)
+        return examine_dataset(path, level, where)
+    if where and source is None and any((path / n).is_file() for n in ("contract.json", "index.json")):
+        raise UsageError(f"{path}: --where is for datasets and recordings; targets and shards are whole")
     if (path / "contract.json").is_file():
         report = Report(path, "targets", level)
         _collect(report, "target", own.examine_target(path, None, Level.FAST))
@@ -60,7 +70,7 @@ def _examine(path: Path, level: Level, source: str | None) -> Report:
             f"{path} is no dataset, targets or shards, and no source finds recordings in it\n"
             f"  found: {inside or 'an empty folder'}\n  next: give --source NAME to hear what that source expects"
         )
-    return examine_raw(path, found, level)
+    return examine_raw(path, found, level, where)
 
 
 def _collect(report: Report, problem: str, findings: Findings) -> None:
@@ -75,6 +85,8 @@ def report_text(report: Report, fail_on: str = "error", notes: bool = True) -> s
     head = f"{report.path.name}: {report.kind}"
     if report.episodes:
         head += f", {report.episodes:,} episodes, {report.frames:,} frames"
+    if report.where:
+        head += f" where {report.where}"
     lines = [f"{head}; {how[report.level]}, {report.checks} checks in {report.seconds:.1f} s"]
     shown = [f for f in report.findings if notes or f.severity != NOTE]
     for problem in dict.fromkeys(finding.problem for finding in shown):

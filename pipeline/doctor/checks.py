@@ -118,6 +118,7 @@ class Report:
     episodes: int = 0
     frames: int = 0
     seconds: float = 0.0
+    where: str = ""  # the condition that chose these episodes
 
     def add(self, problem: str, found: Found) -> None:
         name = found.problem or problem
@@ -144,6 +145,7 @@ class Report:
             "warnings": self.number(WARN),
             "episodes": self.episodes,
             "frames": self.frames,
+            "where": self.where or None,
             "checks": self.checks,
             "seconds": round(self.seconds, 3),
             "findings": [finding.to_json() for finding in self.findings],

@@ -1,8 +1,13 @@
-"""Examine one LeRobot v3.0 dataset: tables, then rows, then videos, then some or all of their pictures."""
+"""Examine one LeRobot v3.0 dataset: tables, then rows, then videos, then some or all of their pictures.
+
+Where a condition chooses episodes, rows and pictures are theirs alone, and files that hold none of them stay closed.
+Tables, the sample table of a video file, targets and shards are looked at whole: they are nobody's in particular.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +48,17 @@ NUMBERED = {
 SUSPECTS = 3  # episodes with the fewest bytes in half a second, looked at beside those evenly spread
 
 
-def examine_dataset(root: Path, level: Level) -> Report:
+def examine_dataset(root: Path, level: Level, where: str | None = None) -> Report:
+    from ..query import select_episodes
+
     report = Report(root, "LeRobot v3.0 dataset", level)
     examination = Examination(report)
     subject = Subject(root, level)
+    if where:
+        numbers = np.asarray(select_episodes(root, where), np.int64)
+        subject.chosen = numbers[(numbers >= 0) & (numbers < len(subject))]
     examination.look(TABLES, subject, "meta")
-    report.episodes, report.frames = len(subject), int(subject.lengths.sum())
+    report.episodes, report.frames = len(subject.examined), int(subject.lengths[subject.examined].sum())
     told = set(subject.broken)
     examination.look(OWN, subject, "dpipe")
     if level == Level.FAST:
@@ -79,16 +89,20 @@ def _examine_rows(subject: Subject, examination: Examination) -> Gathered:
     manifest = subject.manifest or {}
     conventions = manifest.get("conventions")
     gathered = Gathered(
-        total=len(subject),
+        total=len(subject.examined),
         level=subject.level,
         subject=subject,
         conventions=conventions if isinstance(conventions, dict) else {},
+        rows_are_whole=subject.chosen is None,
     )
     for place in subject.data_places:
+        if not subject.concerns(place):
+            continue
         block = subject.block(place)
         if block is None:
             gathered.rows_are_whole = False
             continue
+        block = chosen_rows(block)
         before = dict(examination.report.counts)
         examination.look(ROWS, block, block.where)
         changed = {
@@ -102,6 +116,20 @@ def _examine_rows(subject: Subject, examination: Examination) -> Gathered:
             examination.look(EPISODE, episode, episode.where)
             gathered.add(episode)
     return gathered
+
+
+def chosen_rows(block: Block) -> Block:
+    """The block with the rows of chosen episodes alone; as it is where rows and episodes disagree."""
+    if block.subject.chosen is None or not block.agrees:
+        return block
+    kept = np.isin(block.episodes, block.subject.chosen)
+    rows = np.repeat(kept, block.lengths)
+    return replace(
+        block,
+        episodes=block.episodes[kept],
+        rows=int(rows.sum()),
+        columns={name: column[rows] for name, column in block.columns.items()},
+    )
 
 
 def episodes_of(block: Block) -> Iterator[EpisodeRows]:
@@ -130,7 +158,7 @@ def _examine_videos(
     opened: dict[str, list[VideoFile]] = {}
     for camera in subject.videos:
         seen: dict[bytes, Stretch] = {}
-        for place in subject.video_places(camera):
+        for place in filter(subject.concerns, subject.video_places(camera)):
             video = open_video_file(subject, camera, place, seen, states.of)
             if video is not None:
                 examination.look(VIDEO, video, video.where)
@@ -144,11 +172,16 @@ def _examine_pictures(
     """Decode: everything, or stretches of episodes evenly spread and of those whose samples are smallest."""
     seen = Seen()
     # One set of stretches for all cameras, so that they can be compared.
-    suspects = {e: frame for camera in videos for e, frame in _thinnest(subject, videos[camera])}
+    place_in = {int(e): i for i, e in enumerate(subject.examined)}
+    suspects = {place_in[e]: frame for camera in videos for e, frame in _thinnest(subject, videos[camera])}
     sizes = [subject.features[camera]["shape"] for camera in subject.cameras]
     largest = max((int(np.prod(size)) // 3 for size in sizes), default=1)
     budget = frames_affordable(1, largest)
-    spans = choose_spans(subject.lengths, subject.level, suspects, budget=budget)
+    lengths = subject.lengths[subject.examined]
+    spans = [
+        (int(subject.examined[i]), span)
+        for i, span in choose_spans(lengths, subject.level, suspects, budget=budget)
+    ]
     for camera in subject.cameras:
         for e, span, read in _readers(subject, camera, videos.get(camera, []), spans):
             where = f"episode {e}"
@@ -162,7 +195,7 @@ def _examine_pictures(
             examination.look(PICTURES, clip, clip.place)
             seen.add(clip)
     examination.look(SEEN, seen, "videos")
-    for found in levels_differ(subject.stats or {}, seen):
+    for found in levels_differ(subject.stats or {}, seen) if subject.chosen is None else ():
         examination.note("statistics", found)
 
 
@@ -201,7 +234,8 @@ def _thinnest(subject: Subject, videos: list[VideoFile]) -> list[tuple[int, int]
             continue
         sums = np.concatenate([[0], np.cumsum(table.sizes[table.shown])])
         for e, first, length in zip(video.place.episodes, video.first_frames, video.lengths, strict=True):
-            if length and first >= 0 and first + length <= total:
+            chosen = subject.chosen is None or bool(np.isin(e, subject.chosen))
+            if chosen and length and first >= 0 and first + length <= total:
                 size = min(window, int(length))
                 spent = sums[first + size : first + length + 1] - sums[first : first + length - size + 1]
                 at = int(spent.argmin())

@@ -135,7 +135,7 @@ def sidecar_columns_fit_the_rows(subject: Subject) -> Findings:
     if not declared:
         return
     folder = subject.root / OWN_FOLDER / "columns"
-    for place in subject.data_places:
+    for place in filter(subject.concerns, subject.data_places):
         path = folder / place.path.relative_to(subject.root / "data")
         table = subject.read_table(path)
         if table is None:
@@ -192,7 +192,7 @@ def the_card_names_the_data_files(subject: Subject) -> Findings:
 def rows_are_those_that_were_converted(gathered: Gathered) -> Findings:
     """The digest recorded at conversion, against one computed from the rows."""
     subject = gathered.subject
-    if subject is None or not subject.ours or len(gathered.content) != len(subject):
+    if subject is None or not subject.ours or len(gathered.content) != gathered.total:
         return
     if gathered.doubtful & {"action", "observation.state"}:
         return  # a column that cannot be read whole has been told
@@ -201,7 +201,8 @@ def rows_are_those_that_were_converted(gathered: Gathered) -> Findings:
     if table is None or "content" not in table.column_names or table.num_rows != len(subject):
         return
     recorded = table.column("content").to_pylist()
-    wrong = [e for e, (a, b) in enumerate(zip(recorded, gathered.content, strict=True)) if b and a != b]
+    found = zip(gathered.numbers, gathered.content, strict=True)
+    wrong = [e for e, content in found if content and recorded[e] != content]
     if wrong:
         yield Found(f"episode {wrong[0]}", f"{len(wrong)} episodes hold other values than were converted")
 
@@ -236,7 +237,8 @@ def targets_are_bound_to_these_episodes(gathered: Gathered) -> Findings:
         if table is None or "content" not in table.column_names:
             continue
         bound = set(table.column("content").to_pylist())
-        missing = [e for e, content in enumerate(gathered.content) if content not in bound]
+        found = zip(gathered.numbers, gathered.content, strict=True)
+        missing = [e for e, content in found if content not in bound]
         if missing:
             yield Found(
                 subject.name_of(path.parent),

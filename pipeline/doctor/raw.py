@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...converters import SOURCES, Converter, load_converter
 from ...schemas.episode import Dropped, Episode, EpisodeRef, VideoClip
-from ...schemas.errors import DataError, DpipeError
+from ...schemas.errors import DataError, DpipeError, UsageError
 from ...schemas.problems import NOTE, problem_of, sentences_of
 from .checks import ALL, EPISODE, EXPECTED, PICTURES, SEEN, Examination, Found, Level, Report, in_a_line
 from .pictures import Reader, Seen, choose_spans, watch
@@ -38,8 +38,11 @@ def find_source(raw: Path) -> str | None:
     return None
 
 
-def examine_raw(raw: Path, source: str, level: Level) -> Report:
-    """`--fast` opens nothing: it lists. By default recordings are scanned and some pictures decoded."""
+def examine_raw(raw: Path, source: str, level: Level, where: str | None = None) -> Report:
+    """`--fast` opens nothing: it lists. By default recordings are scanned and some pictures decoded.
+
+    What cannot be scanned is told whatever `where` says: of such a recording nothing is known to choose it by.
+    """
     report = Report(raw, f"raw {source} recordings", level)
     examination = Examination(report)
     converter = load_converter(source)
@@ -63,8 +66,15 @@ def examine_raw(raw: Path, source: str, level: Level) -> Report:
                 tell_dropped(entry, examination)
             else:
                 refs.append(entry)
-                for note in entry.warnings:
-                    examination.note(problem_of(note), Found(entry.source_id, note, NOTE))
+    if where:
+        from ..catalog import rows_that_meet
+
+        refs = [refs[row] for row in rows_that_meet(refs, where)]
+        if not refs:
+            raise UsageError(f"--where {where}: no recording in {raw} meets it")
+    for ref in refs:
+        for note in ref.warnings:
+            examination.note(problem_of(note), Found(ref.source_id, note, NOTE))
     report.episodes, report.frames = len(refs), sum(ref.frames for ref in refs)
     for found in odd_instructions(
         list(dict.fromkeys(ref.instruction for ref in refs if ref.instruction)), str(raw)

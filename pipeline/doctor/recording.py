@@ -80,6 +80,7 @@ class Gathered:
     conventions: Mapping[str, Any] = field(default_factory=dict)
     names: dict[str, Sequence[str] | None] = field(default_factory=dict)
     where: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of the episodes in their dataset
     split: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
@@ -106,6 +107,7 @@ class Gathered:
     def add(self, episode: EpisodeRows) -> None:
         number = len(self.where)
         self.where.append(episode.where)
+        self.numbers.append(episode.number)
         self.split.append(episode.split)
         self.text.append(episode.text)
         self.frames.append(episode.frames)
@@ -501,9 +503,13 @@ def actions_lead_the_state(gathered: Gathered) -> Findings:
     if len(gathered.curves) < 3:
         chance = max(chance, SURE)
     plain = plain and agree >= max(len(gathered.curves) * 2 / 3, min(len(gathered.curves), 4))
-    if pooled.lead < 0 and plain and pooled.at(pooled.peak) > chance and not copied:
-        asked = gathered.conventions.get("time_pairing") == "as-stored"
-        yield Found("every episode", describe_lag(pooled), NOTE if asked else WARN)
+    late = pooled.lead < 0 and pooled.at(pooled.peak) > chance and not copied
+    if late and pooled.lead == -1 and gathered.conventions.get("time_pairing") == "as-stored":
+        # Asked for, and one frame is what it gives: said even where the data alone would not be sure of it.
+        said = "as its conventions say (time_pairing as-stored)"
+        yield Found("every episode", f"{describe_lag(pooled)}, {said}", NOTE)
+    elif late and plain:
+        yield Found("every episode", describe_lag(pooled), WARN)
     if len(gathered.curves) < 3:
         return
     for number, curves in gathered.curves:

@@ -116,6 +116,9 @@ class Subject:
     level: Level
     broken: dict[Path, str] = field(default_factory=dict)  # file -> why it cannot be read
     torn: dict[str, str] = field(default_factory=dict)  # column of meta/episodes -> why it cannot be read
+    chosen: NDArray[np.int64] | None = (
+        None  # episodes whose rows and pictures are looked at, in order; None: all
+    )
     _blocks: OrderedDict[Path, Block] = field(default_factory=OrderedDict, repr=False)
     _video_places: dict[str, list[Place]] = field(default_factory=dict, repr=False)
 
@@ -275,6 +278,15 @@ class Subject:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def examined(self) -> NDArray[np.int64]:
+        """Numbers of the episodes whose rows and pictures are looked at [n]."""
+        return np.arange(len(self)) if self.chosen is None else self.chosen
+
+    def concerns(self, place: Place) -> bool:
+        """Whether a file holds any of them."""
+        return self.chosen is None or bool(np.isin(place.episodes, self.chosen).any())
 
     def text_column(self, name: str) -> pa.ChunkedArray | None:
         """A column of meta/episodes in Arrow, or None where a file has none."""
