@@ -19,9 +19,9 @@ from ..schemas.errors import DataError
 if TYPE_CHECKING:
     import h5py
 
-# deflate, shuffle, fletcher32, szip, nbit, scaleoffset: built into the library. Anything else is a plugin, and
-# plugins are shared objects that HDF5 would load for us.
-BUILT_IN_FILTERS = {1, 2, 3, 4, 5, 6}
+# deflate, shuffle, fletcher32, szip, nbit, scaleoffset: built into the library; lzf: into h5py. Anything else is a
+# plugin, and plugins are shared objects that HDF5 would load for us.
+BUILT_IN_FILTERS = {1, 2, 3, 4, 5, 6, 32000}
 # deflate reaches about 1:1030; beyond this a dataset's size is a lie or a bomb.
 MOST_INFLATION = 1100
 

@@ -3,6 +3,7 @@
 Raw tree     <suite>/<TASK>_demo.hdf5 with data/demo_<i>/{actions, states, robot_states, obs/*}
 Kinds        raw release    data has attributes; obs[t] and robot_states[t] are taken *after* actions[t]
              regenerated    no attributes, 256 x 256, gaps in the numbering; obs[t] is taken before actions[t]
+             Attributes get lost in copies: where the arm's joints in obs and states tell, they decide (§11 check 5)
 Conventions  action = OSC deltas, 1 = 0.05 m and 0.5 rad, world axes, rotation vector; gripper -1 open, +1 close
              (CALVIN: the opposite). Poses in the world frame; orientation as robosuite's axis-angle in [0, 2 pi].
              Stored pictures are upside down (OpenGL rows).
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,16 @@ SCENES = {  # scene class that a suite's tasks are built on (LIBERO benchmark/__
     "libero_10": ("kitchen", "living_room", "study"),
     "libero_90": ("kitchen", "living_room", "study"),
 }
+ATTRIBUTES = (  # of the group `data` in released files; a regenerated file has none
+    "env_name",
+    "env_args",
+    "problem_info",
+    "bddl_file_name",
+    "macros_image_convention",
+    "num_demos",
+    "total",
+    "tag",
+)
 NOOP_NORM = 1e-4  # openvla-oft's threshold on the six arm values
 
 
@@ -117,11 +129,26 @@ NEXT_POSE = Feature(
 
 
 def find(raw: Path, options: Options) -> Iterator[Recording]:
-    """Every HDF5 file one folder below `raw` (or directly in it, when `raw` is itself a suite)."""
-    found = [path for path in raw.glob("*.hdf5") if not path.name.startswith(".")]  # macOS's ._ files
-    below = [path for path in raw.glob("*/*.hdf5") if not path.name.startswith(".")]
-    for path in sorted(found) + sorted(below):
-        yield Recording(f"{path.parent.name}/{path.stem}", "train", (path,))
+    """Every HDF5 file one folder below `raw` (or directly in it, when `raw` is itself a suite).
+
+    Where there is none, two folders below: the release downloads as one folder of suites.
+    """
+
+    def listed(pattern: str) -> list[Path]:
+        return sorted(path for path in raw.glob(pattern) if not path.name.startswith("."))  # macOS's ._ files
+
+    paths = listed("*.hdf5") + listed("*/*.hdf5") or listed("*/*/*.hdf5")
+    seen: dict[str, Path] = {}
+    for path in paths:
+        name = f"{path.parent.name}/{path.stem}"
+        if name in seen:
+            raise DataError(
+                f"two files are called {name}: in {seen[name].parent} and {path.parent}\n"
+                "  next: convert their folders one by one, with --raw and --name"
+            )
+        seen[name] = path
+    for name, path in seen.items():
+        yield Recording(name, "train", (path,))
 
 
 def scan(recording: Recording, options: Options) -> Sequence[EpisodeRef | Dropped]:
@@ -155,7 +182,6 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
         ]
     suite, stem = recording.name.split("/", 1)
     attributes = _attributes(data)
-    kind = "raw" if "macros_image_convention" in attributes else "regenerated"
     problem = _json(attributes.get("problem_info"))
     bddl_instruction = text_of(problem.get("language_instruction"))
     misplaced = _suite_problem(suite, text_of(problem.get("problem_name")))
@@ -167,16 +193,21 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
     notes: list[str] = []
     if bddl_instruction and bddl_instruction != instruction:
         notes.append(f"file name says '{instruction}', bddl says '{bddl_instruction}'; the file name is used")
-    declared = attributes.get("num_demos")
-    if declared is not None and int(declared) != len(demos):
-        notes.append(f"attribute num_demos is {int(declared)}, the file holds {len(demos)} demonstrations")
+    declared = _count(attributes.get("num_demos"))
+    if declared is not None and declared != len(demos):
+        notes.append(f"attribute num_demos is {declared}, the file holds {len(demos)} demonstrations")
 
     loaded = {demo: _load(data, demo) for demo in demos}
-    total = attributes.get("total")
+    total = _count(attributes.get("total"))
     lengths = [len(d["actions"]) for d in loaded.values() if d.get("actions") is not None]
-    if total is not None and int(total) != sum(lengths):
-        notes.append(f"attribute total is {int(total)}, the demonstrations hold {sum(lengths)} steps")
+    if total is not None and total != sum(lengths):
+        notes.append(f"attribute total is {total}, the demonstrations hold {sum(lengths)} steps")
     polarity = _file_polarity(loaded.values())
+    kind, odd = _file_kind(loaded.values(), attributes)
+    notes += [odd] if odd else []
+    rows = text_of(attributes.get("macros_image_convention")).lower()
+    if rows not in ("", "opengl", "opencv"):
+        notes.append(f"macros_image_convention is '{rows}': read as opengl, rows bottom-up")
 
     result: list[EpisodeRef | Dropped] = []
     for demo in demos:
@@ -186,10 +217,10 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
         if not problems:
             timing, conflict = _timing(raw, kind)
             problems = [conflict] if conflict else []
-        rows = np.empty(0, np.int64)
+        kept = np.empty(0, np.int64)
         if not problems:
-            rows = _rows(raw["actions"], timing, polarity, options)[0]
-            if len(rows) == 0:
+            kept = _rows(raw["actions"], timing, polarity, options)[0]
+            if len(kept) == 0:
                 problems = [f"no frame left of {len(raw['actions'])} after pairing"]
         if problems:
             result.append(
@@ -201,7 +232,7 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
             EpisodeRef(
                 source_id=f"{recording.name}/{demo}",
                 split=recording.split,
-                frames=len(rows),
+                frames=len(kept),
                 instruction=instruction,
                 files=recording.files,
                 cameras=tuple(CameraFeature(key, height, width) for key in CAMERAS),
@@ -214,7 +245,7 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
                     "raw_frames": len(raw["actions"]),
                     "bddl_instruction": bddl_instruction,
                 },
-                locator={"demo": demo, "timing": timing, "polarity": polarity, "kind": kind},
+                locator={"demo": demo, "timing": timing, "polarity": polarity, "kind": kind, "rows": rows},
                 warnings=tuple(notes) if demo == demos[0] else (),
             )
         )
@@ -243,9 +274,11 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
         JOINTS.name: raw["joint_states"][obs_rows].astype(np.float32),
         NEXT_POSE.name: _pose(state[following]).astype(np.float32),
     }
-    turned = where["kind"] == "regenerated" and options.regenerated_by == "any4lerobot"
+    stored = where["rows"]
+    if not stored and where["kind"] == "regenerated" and options.regenerated_by == "any4lerobot":
+        stored = "rot180"
     cameras = {
-        key: DemoFrames(path, f"data/{where['demo']}/obs/{name}", obs_rows, options.image_rotation, turned)
+        key: DemoFrames(path, f"data/{where['demo']}/obs/{name}", obs_rows, options.image_rotation, stored)
         for key, name in CAMERAS.items()
     }
     return Episode(ref, columns, cameras)
@@ -254,9 +287,9 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
 class DemoFrames:
     """One camera of one demonstration: rows `rows` of an HDF5 dataset [T, H, W, 3], turned as asked."""
 
-    def __init__(self, path: Path, name: str, rows: NDArray[np.int64], rotation: str, turned: bool) -> None:
+    def __init__(self, path: Path, name: str, rows: NDArray[np.int64], rotation: str, stored: str) -> None:
         self.path, self.name, self.rows = path, name, rows
-        self.flips = _flips(rotation, turned)
+        self.flips = _flips(rotation, stored)
         self.dataset = _open_frames(path, name)  # open for as long as the episode is read
         self.height, self.width = int(self.dataset.shape[1]), int(self.dataset.shape[2])
 
@@ -318,7 +351,8 @@ def instruction_from_file(stem: str) -> str:
     """
     name = stem.removesuffix("_demo")
     name = re.sub(r"^[A-Z_]*SCENE\d+_", "", name)
-    name = re.sub(r"_(view|initstate|noise|light|table|tb|add|level|language)(_[\d.-]+)+.*$", "", name)
+    name = re.sub(r" copy( \d+)?$", "", name)
+    name = re.sub(r"_(view|initstate|noise|light|table|tb|add|level|language)_?[\d.-]+(_.*)?$", "", name)
     return name.replace("_", " ").strip()
 
 
@@ -362,28 +396,48 @@ def _rows(
     return action_rows - shift, action_rows
 
 
-def _timing(raw: dict[str, Any], kind: str) -> tuple[str, str]:
-    """('after' | 'before', conflict): is obs[t] taken after or before actions[t]? §11 check 5.
+def _seen_timing(raw: dict[str, Any]) -> tuple[str, float, float]:
+    """('after' | 'before' | '', joint distances): is obs[t] taken after or before actions[t]? §11 check 5.
 
     `states[t]` always precedes actions[t], so the arm joints tell. A demonstration in which the arm stands still
-    shows nothing and follows its file's kind.
+    shows nothing.
     """
-    expected = "after" if kind == "raw" else "before"
-    states = raw["states"]
-    if states is None or states.shape[1] < 8 or len(states) < 2:
-        return expected, ""
-    joints, arm = raw["joint_states"], states[:, 1:8]
+    states, joints = raw.get("states"), raw.get("joint_states")
+    if raw["problems"] or states is None or states.shape[1] < 8 or not 2 <= len(states) == len(joints):
+        return "", 0.0, 0.0
+    arm = states[:, 1:8]
     after = float(np.abs(joints[:-1] - arm[1:]).mean())
     before = float(np.abs(joints - arm).mean())
-    if max(after, before) < 1e-6 or min(after, before) > 0.5 * max(after, before):
-        return expected, ""
-    seen = "after" if after < before else "before"
-    if seen != expected:
-        return seen, (
-            f"observations are taken {seen} the action of their row (joint distance {after:.2g} after, "
-            f"{before:.2g} before), but the file looks like a {kind} one, where they are taken {expected} it"
+    least, most = min(after, before), max(after, before)
+    if not most >= 1e-6 or least > 0.5 * most:  # also where values are not finite
+        return "", after, before
+    return ("after" if after < before else "before"), after, before
+
+
+def _file_kind(demos: Iterable[dict[str, Any]], attributes: Mapping[str, Any]) -> tuple[str, str]:
+    """('raw' | 'regenerated', note): by the attributes, unless most demonstrations show the other kind's timing."""
+    told = "raw" if any(name in attributes for name in ATTRIBUTES) else "regenerated"
+    seen = Counter(_seen_timing(raw)[0] for raw in demos)
+    if seen["after"] > seen["before"] and told != "raw":
+        return "raw", "no attributes, yet observations follow their row's action: a raw file that lost them"
+    if seen["before"] > seen["after"] and told == "raw":
+        return (
+            "regenerated",
+            "a raw file's attributes, yet observations precede their row's action: regenerated",
         )
-    return seen, ""
+    return told, ""
+
+
+def _timing(raw: dict[str, Any], kind: str) -> tuple[str, str]:
+    """('after' | 'before', conflict) of one demonstration of a file of some kind."""
+    expected = "after" if kind == "raw" else "before"
+    seen, after, before = _seen_timing(raw)
+    if seen in ("", expected):
+        return expected, ""
+    return seen, (
+        f"observations are taken {seen} the action of their row (joint distance {after:.2g} after, "
+        f"{before:.2g} before), but the file looks like a {kind} one, where they are taken {expected} it"
+    )
 
 
 def _check_demo(raw: dict[str, Any], polarity: str) -> list[str]:
@@ -420,7 +474,7 @@ def _check_demo(raw: dict[str, Any], polarity: str) -> list[str]:
         return problems
     if raw["ee_states"] is not None:
         joined = np.concatenate([raw["ee_pos"], raw["ee_ori"]], axis=1)
-        if not np.array_equal(raw["ee_states"], joined, equal_nan=True):
+        if not np.allclose(raw["ee_states"], joined, rtol=0, atol=1e-6, equal_nan=True):  # may be float32
             problems.append("'ee_states' is not 'ee_pos' followed by 'ee_ori'")
     robot = raw["robot_states"]
     if robot is not None and raw["kind_checkable"] and robot.shape[1] == 9:
@@ -480,10 +534,9 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
         for name in ("states", "robot_states", "ee_states", *LOW_DIM):
             if raw[name] is not None and raw[name].ndim:
                 raw["lengths"][name] = len(raw[name])
-        samples = group.attrs.get("num_samples")
-        raw["num_samples"] = None if samples is None else int(samples)
+        raw["num_samples"] = _count(group.attrs.get("num_samples"))
         # A regenerated file copies its first robot_states row from the original: comparable only with attributes.
-        raw["kind_checkable"] = samples is not None
+        raw["kind_checkable"] = raw["num_samples"] is not None
     except (DataError, OSError, ValueError, KeyError, RuntimeError) as error:
         raw["problems"] = [str(error)]
     return raw
@@ -512,7 +565,9 @@ def _suite_problem(suite: str, problem_name: str) -> str:
             f"{', '.join(SCENES)}"
         )
     # libero_kitchen_tabletop_manipulation, but also libero_tabletop_manipulation and libero_floor_manipulation
-    scene = problem_name.removeprefix("libero_").removesuffix("_manipulation").removesuffix("_tabletop")
+    scene = (
+        problem_name.lower().removeprefix("libero_").removesuffix("_manipulation").removesuffix("_tabletop")
+    )
     if problem_name and suite in SCENES and scene not in SCENES[suite]:
         return (
             f"wrong suite folder: '{suite}' holds {' / '.join(SCENES[suite])} scenes, this file is '{scene}'"
@@ -527,10 +582,13 @@ def _pose(state: NDArray[np.float64]) -> NDArray[np.floating[Any]]:
     return np.concatenate([state[:, :3], rot6d, opening], axis=1)
 
 
-def _flips(rotation: str, turned: bool) -> tuple[int, int]:
-    """(row step, column step) from a stored picture to the asked one; `turned`: stored already rotated by 180."""
+def _flips(rotation: str, stored: str) -> tuple[int, int]:
+    """(row step, column step) from a stored picture to the asked one.
+
+    `stored`: rows bottom-up as robosuite's "opengl" (all else), top-down as its "opencv", or already "rot180".
+    """
     rows, columns = {"rot180": (-1, -1), "vflip": (-1, 1), "raw": (1, 1)}[rotation]
-    return (-rows, -columns) if turned else (rows, columns)
+    return {"opencv": (-rows, columns), "rot180": (-rows, -columns)}.get(stored, (rows, columns))
 
 
 def _open_frames(path: Path, name: str) -> h5py.Dataset:
@@ -541,6 +599,14 @@ def _open_frames(path: Path, name: str) -> h5py.Dataset:
     if dataset is None:
         raise DataError(f"no dataset '{name}' in {path}")
     return dataset
+
+
+def _count(value: Any) -> int | None:
+    """An attribute that counts, None where it is missing or says no number."""
+    try:
+        return int(text_of(value))
+    except ValueError:
+        return None
 
 
 def _attributes(data: h5py.Group) -> dict[str, Any]:
@@ -574,7 +640,7 @@ def keeps_rate(options: Options) -> str:
 
 CONVERTER = Converter(
     name="libero",
-    version=1,
+    version=2,
     Options=Options,
     find=find,
     scan=scan,

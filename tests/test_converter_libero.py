@@ -17,7 +17,9 @@ from dpipe.converters.libero import (
     scan,
 )
 from dpipe.schemas.episode import Dropped, EpisodeRef
+from dpipe.schemas.errors import DataError
 from raw_libero import GOAL_TASK, demo_arrays, write_raw, write_suite
+from scipy.spatial.transform import Rotation
 
 
 def scan_all(raw: Path, options: Options | None = None) -> list[EpisodeRef | Dropped]:
@@ -72,6 +74,8 @@ def test_demonstrations_are_in_numeric_order(tmp_path: Path):
         ("LIVING_ROOM_SCENE1_pick_it_demo", "pick it"),
         ("put_the_bowl_on_the_stove_view_0_0_100_0_0_initstate_3_noise_5_demo", "put the bowl on the stove"),
         ("put_the_bowl_on_the_stove_table_4_demo", "put the bowl on the stove"),
+        ("put_the_bowl_on_the_stove_level2_demo", "put the bowl on the stove"),
+        ("put_the_bowl_on_the_stove_add_3 copy 2_demo", "put the bowl on the stove"),
     ],
 )
 def test_instruction_comes_from_the_file_name(stem: str, instruction: str):
@@ -110,6 +114,138 @@ def test_files_turned_by_any4lerobot_come_out_alike(tmp_path: Path):
         (ref,) = scan_all(tmp_path / folder, options)
         frames.append(read(ref, options).cameras["image"].read(0, 4))  # type: ignore[union-attr]
     assert np.array_equal(*frames)
+
+
+def edit(path: Path, change) -> None:
+    with h5py.File(path, "a") as file:
+        change(file)
+
+
+def first_picture(raw: Path, **options) -> np.ndarray:
+    chosen = Options(**options)
+    (ref,) = scan_all(raw, chosen)
+    return read(ref, chosen).cameras["image"].read(1, 2)[0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rotation", ["rot180", "vflip", "raw"])
+def test_rows_stored_top_down_come_out_like_those_stored_bottom_up(tmp_path: Path, rotation: str):
+    """robosuite's IMAGE_CONVENTION may be set to opencv: the attribute says so, and may be bytes."""
+    arrays = demo_arrays(4)
+    write_raw(tmp_path / "gl" / "libero_goal" / "t_demo.hdf5", {0: arrays})
+    upright = {n: arrays[n][:, ::-1] for n in ("obs/agentview_rgb", "obs/eye_in_hand_rgb")}
+    path = write_raw(tmp_path / "cv" / "libero_goal" / "t_demo.hdf5", {0: arrays | upright})
+    edit(path, lambda file: file["data"].attrs.__setitem__("macros_image_convention", np.bytes_("opencv")))
+    expected = first_picture(tmp_path / "gl", image_rotation=rotation)
+    assert np.array_equal(first_picture(tmp_path / "cv", image_rotation=rotation), expected)
+
+
+def drop_attributes(*names: str):
+    def change(file: h5py.File) -> None:
+        for name in names or list(file["data"].attrs):
+            del file["data"].attrs[name]
+
+    return change
+
+
+@pytest.mark.parametrize("lost", [(), ("macros_image_convention",)])
+def test_a_raw_file_that_lost_its_attributes_is_still_paired_causally(tmp_path: Path, lost: tuple[str, ...]):
+    edit(write_suite(tmp_path, demos=2, steps=5), drop_attributes(*lost))
+    refs = scan_all(tmp_path)
+    assert [(ref.frames, ref.metadata["kind"]) for ref in refs] == [(4, "raw"), (5, "raw")]
+    assert lost or "lost them" in refs[0].warnings[0]
+
+
+def test_a_regenerated_file_that_kept_its_attributes_is_not_shifted(tmp_path: Path):
+    path = write_suite(tmp_path, demos=2, steps=5)
+
+    def align(file: h5py.File) -> None:
+        for demo in file["data"].values():
+            demo["obs/joint_states"][...] = demo["states"][:, 1:8]
+
+    edit(path, align)
+    refs = scan_all(tmp_path)
+    assert [(ref.frames, ref.metadata["kind"]) for ref in refs] == [(5, "regenerated"), (6, "regenerated")]
+    assert any("precede their row's action" in note for note in refs[0].warnings)
+
+
+@pytest.mark.parametrize("value", [np.array([3]), np.bytes_("3"), h5py.Empty("i8"), "three"])
+def test_counts_come_in_every_way_an_attribute_is_written(tmp_path: Path, value):
+    def change(file: h5py.File) -> None:
+        file["data"].attrs["num_demos"] = value
+        file["data/demo_0"].attrs["num_samples"] = np.array([5])
+        file["data"].attrs["problem_info"] = np.bytes_(file["data"].attrs["problem_info"])
+
+    edit(write_suite(tmp_path, demos=3, steps=5), change)
+    refs = only(scan_all(tmp_path), EpisodeRef)
+    assert len(refs) == 3 and refs[0].metadata["bddl_instruction"] == "put red in tray"
+    assert not any("num_demos" in note for note in refs[0].warnings)
+
+
+@pytest.mark.parametrize("packed", [{"compression": "gzip", "shuffle": True}, {"compression": "lzf"}, {}])
+def test_storage_and_what_else_a_copy_holds_change_nothing(tmp_path: Path, packed: dict):
+    """Chunked, compressed, in single precision, with depth, a mask and without what is redundant."""
+    write_suite(tmp_path / "plain", demos=1, steps=5)
+    path = write_suite(tmp_path / "copy", demos=1, steps=5)
+
+    def change(file: h5py.File) -> None:
+        demo = file["data/demo_0"]
+        for camera in ("agentview", "eye_in_hand"):
+            frames = demo[f"obs/{camera}_rgb"][()]
+            del demo[f"obs/{camera}_rgb"]
+            demo["obs"].create_dataset(f"{camera}_rgb", data=frames, chunks=(1, *frames.shape[1:]), **packed)
+            demo[f"obs/{camera}_depth"] = np.zeros((*frames.shape[:3], 1), np.float32)
+        single = demo["obs/ee_states"][()].astype(np.float32)
+        for name in ("robot_states", "rewards", "dones", "obs/ee_states"):
+            del demo[name]
+        demo["obs/ee_states"] = single
+        file["mask/train"] = np.array([b"demo_0"])
+
+    edit(path, change)
+    (plain,), (copy,) = scan_all(tmp_path / "plain"), scan_all(tmp_path / "copy")
+    assert (plain.frames, plain.metadata) == (copy.frames, copy.metadata)
+    expected, found = read(plain, Options()), read(copy, Options())
+    assert all(np.array_equal(found.columns[n], column) for n, column in expected.columns.items())
+    for camera in ("image", "image2"):
+        assert np.array_equal(found.cameras[camera].read(0, 4), expected.cameras[camera].read(0, 4))
+
+
+def test_suites_are_found_inside_a_downloads_folder_and_never_twice_under_one_name(tmp_path: Path):
+    write_suite(tmp_path / "LIBERO-datasets", demos=1)
+    assert [ref.source_id.split("/")[0] for ref in scan_all(tmp_path)] == ["libero_goal"]
+    write_suite(tmp_path / "second-copy", demos=1)
+    with pytest.raises(DataError, match="one by one"):
+        scan_all(tmp_path)
+
+
+def test_poses_keep_robosuites_axis_angle_beyond_pi(tmp_path: Path):
+    """A hand that points down sits near (3.14, 0, 0), and norms above pi occur: never wrapped."""
+    arrays = demo_arrays(5)
+    arrays["obs/ee_ori"][:] = [3.4, 0.1, -0.2]
+    arrays["obs/ee_states"][:, 3:] = arrays["obs/ee_ori"]
+    write_raw(tmp_path / "libero_goal" / "t_demo.hdf5", {0: arrays})
+    (ref,) = scan_all(tmp_path)
+    columns = read(ref, Options()).columns
+    assert columns["observation.state"][0, 3:6].tolist() == pytest.approx([3.4, 0.1, -0.2])
+    turned = Rotation.from_rotvec([3.4, 0.1, -0.2]).as_matrix()
+    assert np.allclose(columns["next_ee_pose"][0, 3:9], turned[:, :2].T.reshape(-1), atol=1e-6)
+
+
+def test_flags_of_the_last_row_are_no_success(tmp_path: Path):
+    """Upstream writes the last row's 1 whatever happened, and a file without rewards is as good."""
+    arrays = demo_arrays(5)
+    arrays["rewards"][:] = arrays["dones"][:] = 0
+    write_raw(tmp_path / "libero_goal" / "t_demo.hdf5", {0: arrays})
+    (ref,) = scan_all(tmp_path)
+    assert ref.frames == 4 and not {"success", "reward", "rewards"} & {*ref.metadata}
+
+
+def test_simulator_states_of_any_width_convert_side_by_side(tmp_path: Path):
+    for number, width in enumerate((45, 110)):
+        arrays = demo_arrays(5)
+        arrays["states"] = np.pad(arrays["states"], ((0, 0), (0, width - 45)))
+        write_raw(tmp_path / "libero_10" / f"STUDY_SCENE{number}_t_demo.hdf5", {0: arrays}, regenerated=True)
+    refs = scan_all(tmp_path)
+    assert len(refs) == 2 and not any("states" in name for name in read(refs[1], Options()).columns)
 
 
 def test_gripper_meanings():
@@ -181,6 +317,16 @@ def break_missing(arrays: dict[str, np.ndarray]) -> None:
     del arrays["obs/joint_states"]
 
 
+def break_camera(arrays: dict[str, np.ndarray]) -> None:
+    del arrays["obs/eye_in_hand_rgb"]
+
+
+def break_proprio(arrays: dict[str, np.ndarray]) -> None:
+    """`create_dataset.py --no-proprio`."""
+    for name in ("ee_pos", "ee_ori", "ee_states", "gripper_states", "joint_states"):
+        del arrays[f"obs/{name}"]
+
+
 def break_black(arrays: dict[str, np.ndarray]) -> None:
     arrays["obs/agentview_rgb"] = np.zeros_like(arrays["obs/agentview_rgb"])
 
@@ -209,6 +355,8 @@ def break_integers(arrays: dict[str, np.ndarray]) -> None:
         (break_range, "actions beyond [-1, 1] in 1 steps, first at step 4"),
         (break_empty, "no steps"),
         (break_missing, "missing 'obs/joint_states'"),
+        (break_camera, "missing 'obs/eye_in_hand_rgb'"),
+        (break_proprio, "missing 'obs/ee_pos', 'obs/ee_ori', 'obs/gripper_states', 'obs/joint_states'"),
         (break_black, "picture of a single colour"),
         (break_ee_states, "'ee_states' is not 'ee_pos' followed by 'ee_ori'"),
         (break_robot_states, "'robot_states' and 'ee_pos' disagree"),
