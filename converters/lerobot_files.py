@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..schemas.claims import refuse_claims
 from ..schemas.episode import Segment
 from ..schemas.errors import DataError
 from ..schemas.features import CAMERA_PREFIX, DEFAULT_FEATURES, Feature
@@ -447,7 +448,9 @@ def open_parquet(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"{path} is missing")
     try:
-        return pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
+        file = pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
+        refuse_claims(file.metadata, path.stat().st_size, str(path))
+        return file
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..schemas.claims import refuse_claims
 from ..schemas.errors import DataError, UsageError, malformed_as, unknown_name
 from ..schemas.features import DEFAULT_FEATURES
 
@@ -67,7 +68,7 @@ class TextColumns:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            files = [pq.ParquetFile(path) for path in self.paths]
+            files = [pq.ParquetFile(path) for path in self.paths]  # looked at when the dataset was opened
             have = all(name in file.schema_arrow.names for file in files)
             pairs = zip(files, self.paths, strict=True)
             tables = [_read_columns(file, path, [name]) for file, path in pairs] if have else []
@@ -285,6 +286,7 @@ class Dataset:
         first = int(np.searchsorted(ends, rows.start, side="right"))
         last = int(np.searchsorted(ends, rows.stop - 1, side="right"))
         before = int(ends[first - 1]) if first else 0
+        refuse_claims(table.metadata, path.stat().st_size, str(path), range(first, last + 1))
         try:
             block = table.read_row_groups(list(range(first, last + 1)), columns=list(names))
         except (OSError, ValueError) as error:
@@ -385,6 +387,7 @@ class Dataset:
             file = pq.ParquetFile(path)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged\n  found: {_one_line(error)}\n  Convert again.") from error
+        refuse_claims(file.metadata, path.stat().st_size, str(path))
         recorded = _read_columns(file, path, ["content"]).column("content").to_pylist()
         return recorded if len(recorded) == len(self) and all(recorded) else None
 
@@ -625,6 +628,7 @@ def _read_episodes(root: Path, videos: Sequence[str], fps: int) -> Episodes:
                 f"{path} cannot be read as Parquet\n  found: {_one_line(error)}\n"
                 "  The recording was cut short."
             ) from error
+        refuse_claims(file.metadata, path.stat().st_size, str(path))
         have = file.schema_arrow.names
         missing = [name for name in required if name not in have]
         if missing:
@@ -708,7 +712,9 @@ def read_tasks(root: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{root}: no task table\n  expected: {path}")
     try:
-        table = pq.ParquetFile(path).read()
+        file = pq.ParquetFile(path)
+        refuse_claims(file.metadata, path.stat().st_size, str(path))
+        table = file.read()
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged\n  found: {_one_line(error)}\n  Restore the file.") from error
     names = table.column_names

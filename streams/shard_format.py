@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,7 @@ GROUP_ROWS = 512
 FOLDER = Path("dpipe") / "shards"
 FRAME_KINDS = ("jpeg", "video", "none")
 REMAKE = "Make the shards again:  dpipe precompute shards"
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 ARRAYS = {
     *("group_first", "group_part", "group_values", "group_checks", "part_first"),
     *("frame_offset", "frame_length", "frame_check", "episode_length", "episode_content"),
@@ -147,7 +149,20 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path}: shards of version {index.get('shards')}; this dpipe reads {SHARDS_VERSION}\n"
             "  Make them again:  dpipe precompute shards"
         )
+    _refuse_places(index, path)
     return index
+
+
+def _refuse_places(index: Mapping[str, Any], path: Path) -> None:
+    """Files are named, never placed: an index fetched from a stranger is followed into a cache that is written to."""
+    parts = index.get("parts")
+    for told in [index.get("index"), *(parts if isinstance(parts, list) else [])]:
+        name = told.get("file") if isinstance(told, dict) else None
+        if isinstance(name, str) and FILE_NAME.fullmatch(name) is None:
+            raise DataError(
+                f"{path} names a file outside its folder: {name[:80]!r}; refused\n"
+                "  next: get the shards from someone else, or make them again"
+            )
 
 
 def map_arrays(folder: Path, index: Mapping[str, Any]) -> dict[str, NDArray[Any]]:

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.bfloat16 import bfloat16_to_float32
+from ..schemas.claims import refuse_claims
 from ..schemas.contract import BFLOAT16, ArraySpec, Contract, digest_of
 from ..schemas.errors import DataError, UsageError, malformed_as, unknown_name
 from ..schemas.features import CAMERA_PREFIX
@@ -580,7 +581,9 @@ def _bind(request: Request, folders: Sequence[_Folder], table: EpisodeTable) -> 
     for number, folder in enumerate(folders):
         path = folder.path / "episodes.parquet"
         try:
-            index = pq.ParquetFile(path).read().to_pydict()
+            file = pq.ParquetFile(path)
+            refuse_claims(file.metadata, path.stat().st_size, str(path))
+            index = file.read().to_pydict()
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged\n  found: {error}\n  Precompute the target again.") from error
         wanted = [

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dpipe.converters.lerobot_files import open_parquet as open_lerobot_rows
 from dpipe.pipeline.doctor import Level, examine
 from dpipe.schemas.errors import DataError, DpipeError, UsageError
 from dpipe.streams.dataset import decode_image, open_dataset
@@ -306,32 +308,93 @@ def test_json_of_any_kind_is_a_message(tmp_path: Path, text: str):
         open_dataset(root)
 
 
-def test_a_table_of_a_thousand_million_rows_is_not_read(tmp_path: Path):
-    """Run-length coding keeps it at a few kilobytes; reading it would take eight gigabytes."""
+BOMB_ROWS = 8 << 20  # of 8 bytes: half a gigabyte in eight columns, in some hundred kilobytes of run lengths
+
+
+def write_bomb(path: Path, rows: int = BOMB_ROWS, **columns: int | str | list[float]) -> None:
+    """A Parquet file in which every row is the same."""
+    one = pa.table({name: pa.array([value]) for name, value in columns.items()})
+    block = one.take(pa.array(np.zeros(1 << 18, np.int64)))
+    path.unlink(missing_ok=True)
+    with pq.ParquetWriter(path, one.schema, compression="zstd") as writer:
+        for _ in range(rows >> 18):
+            writer.write_table(block)
+    assert path.stat().st_size < 2 << 20
+
+
+def test_a_table_of_more_values_than_its_bytes_hold_is_not_read(tmp_path: Path):
+    root = write_dataset(tmp_path / "set", [12], kind="none")
+    sound = tmp_path / "sound.parquet"
+    for name, columns in {
+        "meta/tasks.parquet": {"task_index": 0, "task": "push"},
+        "meta/episodes/chunk-000/file-000.parquet": {
+            "episode_index": 0,
+            "length": 12,
+            "dataset_from_index": 0,
+            "dataset_to_index": 12,
+            "data/chunk_index": 0,
+            "data/file_index": 0,
+        },
+    }.items():
+        sound.write_bytes((root / name).read_bytes())
+        write_bomb(root / name, **columns)
+        before = peak()
+        with pytest.raises(DataError, match=r"claims [\d,]+ values in [\d,]+ bytes; refused"):
+            open_dataset(root)
+        for level in Level:
+            assert re.search(r"claims [\d,]+ values", found(root, level)), level
+        assert peak() - before < 64 << 20, "nothing was allocated for it"
+        (root / name).write_bytes(sound.read_bytes())
+
+
+def test_rows_of_more_values_than_their_bytes_hold_are_not_read(tmp_path: Path):
+    """Where the tables agree that an episode is so long, and in a list of one row."""
+    root = write_dataset(tmp_path / "set", [12], kind="none")
+    rows = pq.ParquetFile(root / "data/chunk-000/file-000.parquet").read()
+    (first,) = rows.slice(0, 1).to_pylist()
+    meta = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.ParquetFile(meta).read()
+    for name in ("length", "dataset_to_index"):
+        column = pa.array([BOMB_ROWS], pa.int64())
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, meta)
+    write_bomb(root / "data/chunk-000/file-000.parquet", **first)
+    before = peak()
+    assert "refused" in found(root)
+    with pytest.raises(DataError, match="refused"):
+        open_dataset(root).columns(["action"], 0)
+    with pytest.raises(DataError, match="refused"):
+        open_lerobot_rows(root / "data/chunk-000/file-000.parquet")
+    assert peak() - before < 64 << 20, "nothing was allocated for it"
+
+
+def test_a_row_of_more_elements_than_its_bytes_hold_is_not_read(tmp_path: Path):
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"action": [np.zeros(8 << 20, np.float32)]}), path, compression="zstd")
+    with pytest.raises(DataError, match="claims 8,388,608 values"):
+        open_lerobot_rows(path)
+
+
+def test_rows_that_no_episode_has_are_not_read(tmp_path: Path):
+    """A footer with more rows than meta/episodes tells of, however many bytes they are."""
+    from dpipe.pipeline.doctor.subject import Subject
+
     root = write_dataset(tmp_path / "set", [12], kind="none")
     path = root / "data/chunk-000/file-000.parquet"
-    schema = pq.ParquetFile(path).schema_arrow
     rows = pq.ParquetFile(path).read()
-    whole = pa.concat_tables([rows.slice(0, 1)] * (1 << 10)).combine_chunks()
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for _ in range(1 << 9):
-            writer.write_table(whole)
-    assert path.stat().st_size < 8 << 20
-    report = examine(root)
-    assert "row-count" in report.problems
-    assert peak_of(f"examine(Path({str(root)!r}))") < 1 << 30
+    pq.write_table(pa.concat_tables([rows] * (1 << 13)), path)
+    subject = Subject(root, Level.SAMPLED)
+    (place,) = subject.data_places
+    block = subject.block(place)
+    assert block is not None and block.rows == 12 << 13 and not block.columns
+    assert "row-count" in examine(root).problems
 
 
-def peak_of(expression: str) -> int:
-    """The most memory a fresh process held while it evaluated something, in bytes."""
-    code = (
-        "import re\nfrom pathlib import Path\nfrom dpipe.pipeline.doctor import examine\n"
-        f"{expression}\nprint(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text()).group(1))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    return int(run.stdout.split()[-1]) << 10
+def peak() -> int:
+    """The most memory this process has held so far, in bytes."""
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match
+    return int(match.group(1)) << 10
 
 
 # --- words --------------------------------------------------------------------------------------------------
@@ -448,15 +511,39 @@ def test_a_condition_over_episodes_reads_no_file(tmp_path: Path):
 # --- our own folder -----------------------------------------------------------------------------------------
 
 
-def test_shards_name_no_file_outside_their_folder(tmp_path: Path):
+@pytest.mark.parametrize("name", ["../set/meta/info.json", "/etc/passwd", "..", ".hidden", "a\\b", "a/b"])
+@pytest.mark.parametrize("entry", ["part", "index"])
+def test_shards_name_no_file_outside_their_folder(tmp_path: Path, name: str, entry: str):
+    from dpipe.streams.rows import Fit
     from dpipe.streams.shard_writing import write_shards
+    from dpipe.streams.shards import ShardRows
 
     root = write_dataset(tmp_path / "set", [12], kind="none")
     folder = write_shards(open_dataset(root), tmp_path / "shards")
     index = json.loads((folder / "index.json").read_text())
-    index["parts"][0]["file"] = "../set/meta/info.json"
+    (index["parts"][0] if entry == "part" else index["index"])["file"] = name
     (folder / "index.json").write_text(json.dumps(index))
     assert "refused" in examine(folder).problems
+    with pytest.raises(DataError, match="outside its folder"):
+        ShardRows(folder, Fit(None))
+
+
+def test_an_index_fetched_from_a_stranger_writes_nothing_outside_the_cache(tmp_path: Path):
+    from dpipe.streams.remote import Cache
+    from dpipe.streams.rows import Fit
+    from dpipe.streams.shard_writing import write_shards
+    from dpipe.streams.shards import open_remote_shards
+
+    root = write_dataset(tmp_path / "set", [12], kind="none")
+    folder = write_shards(open_dataset(root), tmp_path / "site/shards")
+    (tmp_path / "site/harm").write_bytes((folder / "index.bin").read_bytes())
+    index = json.loads((folder / "index.json").read_text())
+    index["index"]["file"] = "../harm"
+    (folder / "index.json").write_text(json.dumps(index))
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(DataError, match="outside its folder"):
+        open_remote_shards(folder.as_uri(), cache, Fit(None))
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == ["index.json"]
 
 
 def test_checkpoints_are_loaded_as_weights_only():

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...schemas.claims import refuse_claims
 from ...schemas.errors import DataError
 from ...schemas.features import DEFAULT_FEATURES
 from ..tables import DATA_PATH, VIDEO_PATH
@@ -457,7 +458,9 @@ class Subject:
         if path in self.broken:
             return None
         try:
-            return pq.ParquetFile(path)
+            file = pq.ParquetFile(path)
+            refuse_claims(file.metadata, path.stat().st_size, self.name_of(path))
+            return file
         except EXPECTED as error:
             self.broken[path] = in_a_line(error) if path.exists() else "no such file"
             return None
