@@ -607,7 +607,7 @@ def keeps_rate(options: Options) -> str:
 
 CONVERTER = Converter(
     name="agibot",
-    version=2,
+    version=3,
     Options=Options,
     find=find,
     scan=scan,

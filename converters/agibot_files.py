@@ -189,13 +189,20 @@ def _numbered(parent: Path) -> list[Path]:
 
 
 def _episodes(parent: Path) -> dict[int, Path]:
-    """<episode> folders, also one level deeper, where an extraction kept the tar's range as a folder."""
+    """<episode> folders, also one level deeper, where an extraction kept the tar's range as a folder.
+
+    Tars of observations hold episodes, <task>/<range>/<episode>; the others hold tasks, <range>/<task>/<episode>.
+    """
     found = {int(path.name): path for path in _numbered(parent)}
-    inner = sorted(path for path in parent.glob("*-*") if path.is_dir() and _RANGE.fullmatch(path.name))
-    for folder in inner:
+    for folder in [*_ranges(parent), *(path / parent.name for path in _ranges(parent.parent))]:
         for path in _numbered(folder):
             found.setdefault(int(path.name), path)
     return found
+
+
+def _ranges(parent: Path) -> list[Path]:
+    """Folders called after a tar, <first>-<last>."""
+    return sorted(path for path in parent.glob("*-*") if path.is_dir() and _RANGE.fullmatch(path.name))
 
 
 def _tars(parent: Path) -> list[tuple[int, int, Path]]:
@@ -262,21 +269,33 @@ def task_info(root: Path, task: int, episode: int) -> TaskInfo:
     entries = _read_task_info(path, status.st_size, status.st_mtime_ns)
     if episode not in entries:
         raise DataError(f"{path.name} has no entry for this episode (withdrawn?)")
+    if not entries[episode].name:
+        raise DataError(f"{path.name} has no task_name for this episode: it would have no instruction")
     return entries[episode]
 
 
 @lru_cache(maxsize=8)
 def _read_task_info(path: Path, size: int, mtime_ns: int) -> dict[int, TaskInfo]:
+    """Entries by episode; those that say no episode are passed over, as no episode can miss them."""
     found: dict[int, TaskInfo] = {}
     try:
-        for entry in json.loads(path.read_text(encoding="utf-8")):
-            stretches = (entry.get("label_info") or {}).get("action_config") or []
-            name, scene = text_of(entry["task_name"]), text_of(entry.get("init_scene_text"))
-            found[int(entry["episode_id"])] = TaskInfo(name, scene, tuple(stretches))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(entries, list) or (entries and not any(isinstance(e, dict) for e in entries)):
+            raise TypeError(f"found {type(entries).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path.name}: expected a list of entries with episode_id, task_name, label_info ({error!r})"
         ) from error
+    for entry in entries:
+        told = entry if isinstance(entry, dict) else {}
+        try:
+            episode = int(told["episode_id"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        label = told.get("label_info")
+        stretches = label.get("action_config") if isinstance(label, dict) else None
+        name, scene = text_of(told.get("task_name")), text_of(told.get("init_scene_text"))
+        found[episode] = TaskInfo(name, scene, tuple(stretches) if isinstance(stretches, list) else ())
     return found
 
 

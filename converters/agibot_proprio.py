@@ -28,6 +28,7 @@ SAME = 1e-6  # rad: an action this close to the state is the state
 # Raw gripper readings: open, closed.
 GRIPPER_RANGES = {"0:120": (0.0, 120.0), "35:120": (35.0, 120.0)}
 OLD_OPEN_LEAST, OLD_OPEN_MOST = 30.0, 42.0  # readings of an older gripper when open
+LEAST_TRAVEL = 3.0  # a gripper told to close reads more than this; angles and fractions never do
 GRIPPER_DELAY = 10  # frames by which the reading follows the command
 
 
@@ -58,6 +59,7 @@ class _Reader:
     def __init__(self, file: h5py.File) -> None:
         self.file = file
         self.problems: list[str] = []
+        self.notes: list[str] = []
 
     def array(self, path: str, frames: int | None, *shapes: tuple[int, ...]) -> NDArray[np.float64] | None:
         """Dataset `path` [frames, *one of shapes] flattened to [frames, D]; frames None: any length."""
@@ -79,6 +81,14 @@ class _Reader:
             self.problems.append(f"{path} is not finite in {len(bad)} rows, first at row {bad[0]}")
             return None
         return flat
+
+    def spare(self, path: str, frames: int, *shapes: tuple[int, ...]) -> NDArray[np.float64] | None:
+        """A quantity an episode can do without: what is wrong with it is a note, and it counts as missing."""
+        before = len(self.problems)
+        array = self.array(path, frames, *shapes)
+        self.notes += [f"{problem}: not kept" for problem in self.problems[before:]]
+        del self.problems[before:]
+        return array
 
     def needed(self, path: str, frames: int, *shapes: tuple[int, ...]) -> NDArray[np.float64]:
         before = len(self.problems)
@@ -180,7 +190,10 @@ def load(file: h5py.File) -> tuple[Raw | None, list[str]]:
         )
     action, sent, has_command, notes = _load_action(reader, joint, effector, end, head, waist)
     optional = _load_optional(reader, frames)
+    known = len(reader.problems)
     velocity, sent_base, moving = reader.scattered("robot", np.zeros((frames, 2)), (2,), name="velocity")
+    notes += [*reader.notes, *(f"{problem}: not kept" for problem in reader.problems[known:])]
+    del reader.problems[known:]
     if moving:
         optional["base_velocity"] = velocity
     sent[:, ACTION_GROUPS.index("robot")] = sent_base if moving else False
@@ -217,10 +230,16 @@ def _load_action(
     frames, notes = len(joint), []
     sent = np.zeros((frames, len(ACTION_GROUPS)), bool)
     action: dict[str, NDArray[np.float64]] = {}
-    joints, sent[:, 0], has_joint = reader.scattered("joint", joint, joint.shape[1:])
+    stored = read_dataset(reader.file, "action/joint/position")
+    columns = 14 if stored is not None and stored.ndim == 2 and stored.shape[1] == 14 else joint.shape[1]
+    joints, sent[:, 0], has_joint = reader.scattered("joint", joint[:, :columns], (columns,))
     action["joint"] = joints[:, :14]
     if reader.array("state/effector/position", None, (2,), (12,)) is not None:
         command, sent[:, 1], known = reader.scattered("effector", effector, effector.shape[1:], hold=True)
+    elif joint.shape[1] == 16 and reader.array("action/effector/position", None, (2,)) is not None:
+        command, sent[:, 1], known = reader.scattered("effector", effector, (2,), hold=True)
+    elif joint.shape[1] == 16 and columns == 14:
+        command, known = effector.copy(), False
     elif joint.shape[1] == 16:
         held, sent[:, 1], known = reader.scattered("joint", joint, joint.shape[1:], hold=True)
         command = held[:, 14:]
@@ -256,14 +275,14 @@ def _load_action(
 def _load_optional(reader: _Reader, frames: int) -> dict[str, NDArray[np.float64]]:
     """Quantities some recordings lack. A quaternion of zeros is what other converters make of an empty array."""
     optional: dict[str, NDArray[np.float64]] = {}
-    position = reader.array("state/robot/position", frames, (3,))
-    turned = reader.array("state/robot/orientation", frames, (4,))
+    position = reader.spare("state/robot/position", frames, (3,))
+    turned = reader.spare("state/robot/orientation", frames, (4,))
     if position is not None and turned is not None and (np.linalg.norm(turned, axis=1) > 0.5).all():
         optional["base_pose"] = np.concatenate([position, turned], axis=1)
-    current = reader.array("state/joint/current_value", frames, (14,), (16,))
+    current = reader.spare("state/joint/current_value", frames, (14,), (16,))
     if current is not None:
         optional["joint_current"] = current[:, :14]
-    wrench = reader.array("state/end/wrench", frames, (12,), (2, 6))
+    wrench = reader.spare("state/end/wrench", frames, (12,), (2, 6))
     if wrench is not None:
         optional["wrench"] = wrench
     return optional
@@ -296,6 +315,15 @@ def gripper_range(state: NDArray[np.float64], command: NDArray[np.float64] | Non
     if least < -5 or most > 250:
         raise DataError(
             f"gripper readings of {least:g} to {most:g} fit no known gripper (0 to 120, 35 to 120): "
+            "say what they mean with --gripper-range OPEN:CLOSED"
+        )
+    if command is None:
+        travelled = least < -0.1 and most - least > 0.3
+    else:
+        travelled = bool((command[:-GRIPPER_DELAY] > 0.5).any())  # told to close, and had the time for it
+    if most < LEAST_TRAVEL and travelled:
+        raise DataError(
+            f"gripper readings of {least:g} to {most:g} are no actuator's (0 to 120, 35 to 120), radians perhaps: "
             "say what they mean with --gripper-range OPEN:CLOSED"
         )
     if least < OLD_OPEN_LEAST:

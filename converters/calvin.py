@@ -51,6 +51,7 @@ FPS = 30
 SPLITS = {"training": "train", "validation": "validation"}
 MAX_POSITION_M = 0.02  # rel_actions 1.0, calvin_env `to_relative_action`
 MAX_ROTATION_RAD = 0.05
+SAME_RELATIVE = 1e-4  # 2 micrometres
 VECTORS = {"actions": 7, "rel_actions": 7, "robot_obs": 15, "scene_obs": 24}
 STATIC_DEPTH_M = (3.0, 7.0)  # seen: 3.7 to 6.2
 WRIST_DEPTH_M = (0.0, 2.0)  # the camera's far plane
@@ -364,6 +365,7 @@ class Vectors:
     ids: NDArray[np.int64]
     values: dict[str, NDArray[np.float64]]  # [n, D] by member name
     single: bool = False  # float32 somewhere, where the publisher writes float64
+    rounded: bool = False  # rel_actions that are not exactly those recomputed
     faults: dict[str, dict[int, str]] = field(default_factory=lambda: {kind: {} for kind in FAULTS})
 
     def reasons(self, first: int, last: int) -> tuple[list[str], list[int]]:
@@ -423,8 +425,9 @@ def check_frames(vectors: Vectors) -> None:
         for row in np.flatnonzero(finite & ~np.isin(gripper, allowed)):
             faults["gripper"][int(ids[row])] = f"{name} says {gripper[row]:g}"
     error = np.abs(relative_action(actions, state) - relative).max(axis=1)
-    # Exactly 0 in published files; a float32 copy rounds positions of 0.5 m and angles of pi.
-    for row in np.flatnonzero(finite & (error > (1e-4 if vectors.single else 1e-9))):
+    # Exactly 0 in published files; copies that went through float32 round positions of 0.5 m and angles of pi.
+    vectors.rounded = bool((finite & (error > 1e-9) & (error <= SAME_RELATIVE)).any())
+    for row in np.flatnonzero(finite & (error > SAME_RELATIVE)):
         faults["rel_actions"][int(ids[row])] = f"off by {error[row]:.2g}"
     follows = (np.diff(ids) == 1) & finite[:-1] & finite[1:]
     step = np.abs(actions[:-1, :6] - state[1:, :6]).max(axis=1)
@@ -532,6 +535,8 @@ class Scan:
         check_frames(vectors)
         if vectors.single:
             notes.append("vectors are float32 where CALVIN writes float64: a re-packed copy")
+        elif vectors.rounded:
+            notes.append("rel_actions are those recomputed but for rounding: a re-packed copy")
         idle = int((vectors.values["robot_obs"][:, 14] == 0).sum())
         if idle:
             notes.append(
@@ -733,7 +738,7 @@ def embodiment(options: Options, variant: str) -> Embodiment:
 
 CONVERTER = Converter(
     name="calvin",
-    version=1,
+    version=2,
     Options=Options,
     find=find,
     scan=scan,

@@ -179,25 +179,47 @@ def _shared_read_at(path: Path) -> ReadAt:
 def find_splits(raw: Path) -> tuple[list[Split], list[Path]]:
     """Every split below `raw`, training first, and the zips that cannot be read.
 
-    `raw` is a dataset's folder, a folder of them, one split alone, or a zip.
+    `raw` is a dataset's folder, a folder of them, one split alone, or a zip. Where it is none of these, what lies
+    one folder further down counts: `calvin/dataset/task_D_D` is what upstream's download script makes.
     """
+    below = _folders(raw)
+    own = [raw] if raw.name in RAW_SPLITS else []
+    datasets = [path / name for path in (raw, *below) for name in RAW_SPLITS]
+    found, broken = _splits_at([*own, *datasets], sorted(raw.glob("*.zip")) if raw.is_dir() else [raw])
+    if not found and not broken:
+        deeper = [inner / name for path in below for inner in _folders(path) for name in RAW_SPLITS]
+        found, broken = _splits_at(deeper, sorted(zipped for path in below for zipped in path.glob("*.zip")))
+    return sorted(found.values(), key=lambda split: (raw_split(split.name) != "training", split.name)), broken
+
+
+def _folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    with os.scandir(parent) as entries:  # a split holds millions, whose kind costs nothing here
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+
+
+def _splits_at(folders: Sequence[Path], zips: Sequence[Path]) -> tuple[dict[str, Split], list[Path]]:
+    """Those of `folders` that are splits, the splits inside `zips`, and the zips that cannot be read."""
     found: dict[str, Split] = {}
     broken: list[Path] = []
-    folder = raw.is_dir()
-    parents = [raw, *sorted(path for path in raw.iterdir() if path.is_dir())] if folder else []
-    folders = [raw, *(parent / name for parent in parents for name in RAW_SPLITS)]
-    for folder in folders:
-        if folder.name in RAW_SPLITS and folder.is_dir():
-            split = FolderSplit(folder, f"{folder.parent.name}/{folder.name}")
-            if split.holds_frames or (folder / "ep_start_end_ids.npy").is_file():
-                found.setdefault(split.name, split)
-    for path in sorted(raw.glob("*.zip")) if folder else [raw]:
+    for folder in filter(Path.is_dir, folders):
+        split = FolderSplit(folder, f"{folder.parent.name}/{folder.name}")
+        if not split.holds_frames and not (folder / "ep_start_end_ids.npy").is_file():
+            continue
+        if split.name in found:
+            raise DataError(
+                f"two folders are called {split.name}: {found[split.name].files[0].parent} and {folder.parent}\n"
+                "  next: convert them one by one, with --raw and --name"
+            )
+        found[split.name] = split
+    for path in zips:
         try:
             for split in _zip_splits(path, *_stamp(path)):
                 found.setdefault(split.name, split)  # unpacked beside its zip: the folder is read
         except DataError:
             broken.append(path)
-    return sorted(found.values(), key=lambda split: (raw_split(split.name) != "training", split.name)), broken
+    return found, broken
 
 
 def open_split(files: Sequence[Path], name: str) -> Split:

@@ -142,6 +142,12 @@ def find(raw: Path, options: Options) -> Iterator[Recording]:
                 found.setdefault(path.stem, []).append(path)
         for stem, files in found.items():
             name = f"{part}/{task}/{stem}"
+            if name in pairs:
+                other = pairs[name][1].files[0].parent
+                raise DataError(
+                    f"two episodes are called {name}: in {other} and {folder}\n"
+                    "  next: convert their folders one by one, with --raw and --name"
+                )
             pairs[name] = (_order(part, task, stem), Recording(name, split_of(part), tuple(files)))
     for path in [raw] if raw.is_file() else sorted(raw.glob("*.zip")):
         try:
@@ -169,19 +175,25 @@ def split_of(part: str) -> str:
 
 
 def _task_folders(raw: Path) -> list[tuple[str, str, Path]]:
-    """(part, task, folder): `raw` holds parts, is a part, or is a task."""
-    if not raw.is_dir():
-        return []
-    if _has_pairs(raw):
-        return [(raw.parent.name, raw.name, raw)]
-    below = sorted(path for path in raw.iterdir() if path.is_dir())
-    if any(_has_pairs(path) for path in below):
-        return [(raw.name, path.name, path) for path in below]
-    return [(p.name, t.name, t) for p in below for t in sorted(p.iterdir()) if t.is_dir()]
+    """(part, task, folder): `raw` is a task, a part, holds parts, or holds one folder that does.
+
+    Each folder goes by what is in it, so that a task beside whole parts hides none of them.
+    """
+    found: list[tuple[str, str, Path]] = []
+    level = [raw] if raw.is_dir() else []
+    for _ in range(4):
+        below: list[Path] = []
+        for folder in level:
+            if _is_task(folder):
+                found.append((folder.parent.name, folder.name, folder))
+            else:
+                below += sorted(path for path in folder.iterdir() if path.is_dir())
+        level = below
+    return found
 
 
-def _has_pairs(folder: Path) -> bool:
-    return any(path.suffix == ".hdf5" for path in folder.iterdir())
+def _is_task(folder: Path) -> bool:
+    return any(p.suffix in (".hdf5", ".mp4") and not p.name.startswith(".") for p in folder.iterdir())
 
 
 def _order(part: str, task: str, stem: str) -> tuple[Any, ...]:
@@ -357,8 +369,10 @@ def _load(file: h5py.File, layout: Sequence[Part], everything: bool) -> Raw:
             continue
         poses[joint] = array.astype(np.float64)
         problem = _pose_problem(poses[joint])
-        if problem:
+        if problem and joint in needed:
             problems.append(f"transforms/{joint} {problem}")
+        elif problem:
+            notes.append(f"transforms/{joint} {problem}; the layout does not use it")
     if not frames and not problems:
         problems.append("the episode has no frames")
     confidence, valid, conflicts = _load_confidence(file, frames)
@@ -551,7 +565,7 @@ def embodiment(options: Options, variant: str) -> Embodiment:
 
 CONVERTER = Converter(
     name="egodex",
-    version=1,
+    version=2,
     Options=Options,
     find=find,
     scan=scan,

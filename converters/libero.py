@@ -403,7 +403,9 @@ def _seen_timing(raw: dict[str, Any]) -> tuple[str, float, float]:
     shows nothing.
     """
     states, joints = raw.get("states"), raw.get("joint_states")
-    if raw["problems"] or states is None or states.shape[1] < 8 or not 2 <= len(states) == len(joints):
+    if raw["problems"] or states is None or joints is None:
+        return "", 0.0, 0.0
+    if states.shape[1] < 8 or not 2 <= len(states) == len(joints):
         return "", 0.0, 0.0
     arm = states[:, 1:8]
     after = float(np.abs(joints[:-1] - arm[1:]).mean())

@@ -686,10 +686,12 @@ def _require_room(request: ConvertRequest, todo: Refs) -> None:
 
 def _nothing_left(request: ConvertRequest, catalog: Catalog) -> DataError:
     reasons = "\n".join(f"    {d.source_id}: {d.reason}" for d in catalog.dropped[:10])
+    remedies = "\n  or: ".join(dict.fromkeys(d.remedy for d in catalog.dropped[:10]))
     if len(catalog.refs):
         return DataError(f"no episode of {request.raw} meets --where {request.where!r}")
     return DataError(
-        f"none of the {catalog.recordings} recordings in {request.raw} can be converted\n  found:\n{reasons}"
+        f"none of the {catalog.recordings} recordings in {request.raw} can be converted\n  found:\n{reasons}\n"
+        f"  next: {remedies}"
     )
 
 

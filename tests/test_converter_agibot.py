@@ -296,6 +296,53 @@ def test_empty_arrays_are_masked_and_no_quaternion_is_ever_zero(tmp_path: Path):
     assert not columns["action_sent"][:, agibot.ACTION_SENT.names.index("robot")].any()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("action/robot/velocity", np.zeros(60), "action/robot/velocity is float64 (60,)"),
+        ("action/robot/velocity", np.zeros((80, 2)), "80 rows for 60 frames"),
+        ("state/end/wrench", np.zeros((60, 14)), "state/end/wrench is float64 (60, 14)"),
+        ("state/joint/current_value", np.full((60, 14), np.nan), "current_value is not finite"),
+        ("state/robot/position", np.zeros((59, 3)), "59 rows, timestamp 60"),
+    ],
+)
+def test_what_an_episode_can_do_without_never_costs_it(tmp_path: Path, name: str, value, says: str):
+    write_episode(tmp_path, change=put(name, value))
+    ref = only_ref(tmp_path)
+    assert any(says in note and "not kept" in note for note in ref.warnings)
+    columns = agibot.read(ref, Options()).columns
+    kept = dict(zip(agibot.RECORDED.names, columns["recorded"][0].tolist(), strict=True))
+    group = {"robot/v": "base_velocity", "end/w": "wrench", "joint/": "joint_current", "robot/p": "base_pose"}
+    assert not kept[next(column for part, column in group.items() if part in name)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_numbers_of_any_width_and_groups_nobody_asked_for_are_read(tmp_path: Path, dtype: type):
+    def change(tree):
+        for name, array in tree.items():
+            if array.dtype == np.float64:
+                tree[name] = array.astype(dtype if "orientation" not in name else np.float32)
+        tree["timestamp"] = tree["timestamp"].astype(np.uint64)
+        tree["state/end/arm_position"] = np.zeros((3, 7))
+        tree["state/hand/pressure"] = np.zeros(5)
+
+    ref = only_ref(write_episode(tmp_path, change=change))
+    assert ref.variant == "gripper" and not ref.warnings
+    assert agibot.read(ref, Options()).columns["capture_time_ns"].dtype == np.int64
+
+
+def test_keys_that_are_absent_count_as_the_empty_arrays_of_other_files(tmp_path: Path):
+    def change(tree):
+        for name in list(tree):
+            if tree[name].size == 0 or (name.startswith("action/") and "effector" not in name):
+                del tree[name]
+
+    ref = only_ref(write_episode(tmp_path, change=change))
+    assert ref.variant == "gripper" and "no action for joint, end, head, waist" in ref.warnings[0]
+    sent = agibot.read(ref, Options()).columns["action_sent"]
+    assert sent[:, agibot.ACTION_SENT.names.index("effector")].all() and not sent[:, 0].any()
+
+
 def test_a_quaternion_of_zeros_counts_as_not_recorded(tmp_path: Path):
     columns = episode(
         write_episode(tmp_path, change=put("state/robot/orientation", np.zeros((60, 4))))
@@ -352,6 +399,38 @@ def test_grippers_that_stay_closed_show_nothing_and_say_so():
     assert gripper_range(np.full((100, 2), 36.0), None)[0] == "35:120"
 
 
+@pytest.mark.parametrize("grippers", [(-0.785, 0.0), (0.0, -0.785), (0.0, 1.0)])
+def test_readings_in_radians_or_fractions_are_not_taken_for_a_gripper_that_never_closes(
+    tmp_path: Path, grippers
+):
+    write_episode(tmp_path, grippers=grippers)
+    assert "radians perhaps" in only_drop(tmp_path).reason
+    columns = episode(tmp_path, gripper_range=f"{grippers[0]}:{grippers[1]}").columns
+    assert columns["observation.state"][[0, 45], 14].tolist() == pytest.approx([0.0, 1.0])
+    # Left open, or told to close with no time to follow, a newer gripper reads as little.
+    still = np.zeros((40, 2))
+    assert gripper_range(still - 0.2, still)[0] == "0:120"
+    assert gripper_range(still, np.repeat([0.0, 1.0], [35, 5])[:, None].repeat(2, axis=1))[0] == "0:120"
+
+
+def test_sixteen_joints_may_have_their_commands_beside_them(tmp_path: Path):
+    """Readings among the joints, commands in action/effector; or no command, and an action of 14 joints."""
+
+    def beside(tree):
+        tree["action/effector/position"] = tree["action/joint/position"][:, 14:]
+        tree["action/joint/position"] = tree["state/joint/position"]
+
+    write_episode(tmp_path / "beside", effector="joints", change=beside)
+    plain = episode(write_episode(tmp_path / "plain")).columns["action"]
+    assert np.array_equal(episode(tmp_path / "beside").columns["action"], plain)
+
+    def fourteen(tree):
+        tree["action/joint/position"] = tree["state/joint/position"][:, :14]
+
+    write_episode(tmp_path / "fourteen", effector="joints", change=fourteen)
+    assert only_ref(tmp_path / "fourteen").variant == "gripper-untold"
+
+
 def test_readings_of_no_known_gripper_need_the_user(tmp_path: Path):
     write_episode(tmp_path, grippers=(-600.0, 0.0))
     assert "--gripper-range" in only_drop(tmp_path).reason
@@ -404,6 +483,17 @@ def test_an_episode_without_entry_or_file_is_left_out(tmp_path: Path):
     assert "expected a list of entries" in only_drop(tmp_path).reason
     (tmp_path / "task_info" / "task_327.json").unlink()
     assert "task_info/task_327.json is missing" in only_drop(tmp_path).reason
+
+
+def test_one_odd_entry_of_task_info_costs_no_other_episode(tmp_path: Path):
+    write_episode(tmp_path, 5)
+    write_episode(tmp_path, 6, entry={"episode_id": "6", "task_name": None})
+    path = tmp_path / "task_info" / "task_327.json"
+    entries = [*json.loads(path.read_text()), {"episode_id": None}, {"task_name": "x"}, 7]
+    path.write_text("\ufeff" + json.dumps(entries), encoding="utf-8")  # as some editors save it
+    first, second = scan_all(tmp_path)
+    assert isinstance(first, EpisodeRef) and first.source_id == "327/5"
+    assert isinstance(second, Dropped) and "no task_name for this episode" in second.reason
 
 
 def test_entries_without_labels_or_with_fields_of_other_releases_are_read(tmp_path: Path):
@@ -567,6 +657,20 @@ def test_tars_are_read_in_place_and_give_what_their_folders_give(tmp_path: Path)
         clip = found.cameras["head"]
         assert isinstance(clip, VideoClip) and clip.path.suffix == ".tar"
         assert clip.path.read_bytes()[clip.offset : clip.offset + clip.size] == data
+
+
+def test_folders_of_a_tars_range_are_looked_into(tmp_path: Path):
+    """Observations are packed as <task>/<range>.tar, the rest as <range>.tar: so lie the folders left behind."""
+    write_episode(tmp_path, frames=30)
+    write_parameters(tmp_path, 30)
+    plain = agibot.read(only_ref(tmp_path), Options()).columns
+    episode_folder = tmp_path / "observations/327/648649"
+    shutil.move(episode_folder, tmp_path / "observations/327/648642-648700/648649")
+    for kind in ("proprio_stats", "parameters"):
+        shutil.move(tmp_path / kind / "327", tmp_path / kind / "648533-713949" / "327")
+    found = agibot.read(only_ref(tmp_path), Options()).columns
+    assert all(np.array_equal(found[name], column) for name, column in plain.items())
+    assert found["recorded"][0][OPTIONAL.index("camera_pose")]
 
 
 def test_numbers_unpacked_beside_packed_videos_are_found_and_missing_ones_told(tmp_path: Path):

@@ -13,6 +13,7 @@ import pytest
 from dpipe.converters import calvin, calvin_files, load_converter
 from dpipe.converters.calvin import Options
 from dpipe.schemas.episode import Dropped, EpisodeRef
+from dpipe.schemas.errors import DataError
 from dpipe.schemas.features import check_columns
 from raw_calvin import play_frames, slow_relative, write_split, zip_dataset
 from scipy.spatial.transform import Rotation
@@ -341,6 +342,63 @@ def test_float32_copies_are_accepted_and_named(tmp_path: Path):
     refs = spoil(tmp_path, change)
     assert all(isinstance(ref, EpisodeRef) for ref in refs)
     assert any("float32" in note for note in refs[0].warnings)
+
+
+def test_copies_that_went_through_float32_are_accepted_and_a_wrong_pairing_is_not(tmp_path: Path):
+    def rounded(frames):
+        for members in frames.values():
+            for name in calvin.VECTORS:
+                members[name] = members[name].astype(np.float32).astype(np.float64)
+
+    refs = spoil(tmp_path / "rounded", rounded)
+    assert all(isinstance(ref, EpisodeRef) for ref in refs)
+    assert any("but for rounding" in note for note in refs[0].warnings)
+    drops = spoil(tmp_path / "wrong", change_vector("rel_actions", 1, 0.0002))
+    assert isinstance(drops[0], Dropped) and "those recomputed" in drops[0].reason
+
+
+def test_members_stored_without_compression_and_foreign_ones_beside_them_are_read(tmp_path: Path):
+    folder = write_split(tmp_path / "task_D_D" / "training", [(100, 129)], WINDOWS)
+    expected = calvin.read(episodes(tmp_path)[0], Options()).columns
+    for path in folder.glob("episode_*.npz"):
+        members = dict(np.load(path))
+        np.savez(path, rel_actions_gripper=np.zeros(7), **dict(reversed(members.items())))
+    (folder / "._episode_0000100.npz").write_bytes(b"resource fork")
+    (folder / "statistics.yaml").write_text("robot_obs: !!python/object:os.system {}")
+    found = calvin.read(episodes(tmp_path)[0], Options()).columns
+    assert all(np.array_equal(found[name], column) for name, column in expected.items())
+
+
+@pytest.mark.parametrize("loose", ["arrays", "bytes"])
+def test_annotations_are_read_however_they_were_pickled(tmp_path: Path, loose: str):
+    """Lists of tuples as published; arrays, bytes and no embeddings where a script wrote them again."""
+    folder = write_split(tmp_path / "task_D_D" / "training", [(100, 129)], WINDOWS)
+    path = folder / "lang_annotations" / "auto_lang_ann.npy"
+    told = np.load(path, allow_pickle=True).item()
+    sentences = told["language"]["ann"]
+    told["info"] = {"indx": np.array(told["info"]["indx"])}
+    if loose == "bytes":
+        sentences = [sentence.encode() for sentence in sentences]
+    told["language"] = {"ann": np.array(sentences), "task": told["language"]["task"]}
+    np.save(path, np.array(told, object))
+    refs = episodes(tmp_path)
+    assert [(ref.instruction, ref.frames) for ref in refs] == [(w[2], 7) for w in sorted(WINDOWS)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dataset_one_folder_further_down_is_found_and_two_of_one_name_are_refused(
+    tmp_path: Path, packed: bool
+):
+    raw = tmp_path / "raw"
+    split = write_split(raw / "dataset" / "task_D_D" / "training", [(100, 129)], WINDOWS)
+    if packed:
+        zip_dataset(split.parent)
+        shutil.rmtree(split.parent)
+    assert [ref.source_id.split("/")[0] for ref in episodes(raw)] == ["task_D_D", "task_D_D"]
+    write_split(raw / "copy" / "task_D_D" / "training", [(100, 129)], WINDOWS)
+    if not packed:
+        with pytest.raises(DataError, match="one by one"):
+            episodes(raw)
 
 
 def test_a_window_that_leaves_its_play_episode_is_dropped_by_name(tmp_path: Path):

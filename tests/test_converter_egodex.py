@@ -2,8 +2,10 @@
 
 import shutil
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -258,14 +260,14 @@ def test_parts_are_training_data_and_test_and_extra_stay_apart():
         (lambda p: p.pop("leftHand"), "lack leftHand"),
         (lambda p: p.__setitem__("hip", p["hip"][:-1]), "transforms/hip has 5 frames, transforms/camera 6"),
         (
-            lambda p: p["neck2"].__setitem__((3, 0, 0), np.nan),
-            "neck2 is not finite in 1 frames, first at frame 3",
+            lambda p: p["leftHand"].__setitem__((3, 0, 0), np.nan),
+            "leftHand is not finite in 1 frames, first at frame 3",
         ),
-        (lambda p: p["spine1"][:, :3, :3].__imul__(1.2), "transforms/spine1 is no rotation"),
-        (lambda p: p["spine1"][:, :3, 2].__imul__(-1), "transforms/spine1 is no rotation"),
+        (lambda p: p["rightHand"][:, :3, :3].__imul__(1.2), "transforms/rightHand is no rotation"),
+        (lambda p: p["rightHand"][:, :3, 2].__imul__(-1), "transforms/rightHand is no rotation"),
         (
-            lambda p: p["leftArm"].__setitem__((2, 3, 0), 0.5),
-            "transforms/leftArm does not end in the row 0 0 0 1",
+            lambda p: p["camera"].__setitem__((2, 3, 0), 0.5),
+            "transforms/camera does not end in the row 0 0 0 1",
         ),
     ],
 )
@@ -283,6 +285,48 @@ def test_a_missing_joint_the_layout_does_not_use_is_only_a_note(tmp_path: Path):
     (ref,) = scan_all(tmp_path)
     assert isinstance(ref, EpisodeRef) and "transforms lack hip" in ref.warnings[0]
     assert "lack hip" in only_drop(tmp_path, layout="full").reason
+
+
+def test_a_joint_that_was_not_tracked_matters_only_to_a_layout_that_has_it(tmp_path: Path):
+    transforms = poses(6)
+    transforms["spine3"][2] = np.nan
+    transforms["leftLittleFingerMetacarpal"][:] = 0
+    write_episode(tmp_path / "part1" / "a" / "0", transforms=transforms)
+    (ref,) = scan_all(tmp_path)
+    assert isinstance(ref, EpisodeRef) and np.isfinite(egodex.read(ref, Options()).columns["action"]).all()
+    assert [note.split()[0] for note in ref.warnings] == [
+        "transforms/leftLittleFingerMetacarpal",
+        "transforms/spine3",
+    ]
+    assert "spine3 is not finite" in only_drop(tmp_path, layout="full").reason
+
+
+def test_a_task_beside_whole_parts_hides_none_of_them(tmp_path: Path):
+    for folder in ("part1/a", "part10/a", "part2/a", "test/a", "loose"):
+        write_episode(tmp_path / "egodex" / folder / "0", confidence=False)
+    for raw in (tmp_path / "egodex", tmp_path):  # also where the parts lie in a folder of their own
+        found = [r.name for r in egodex.find(raw, Options()) if "loose" not in r.name]
+        assert found == ["part1/a/0", "part2/a/0", "part10/a/0", "test/a/0"]
+    assert "egodex/loose/0" in [r.name for r in egodex.find(tmp_path / "egodex", Options())]
+
+
+@pytest.mark.parametrize("codec", ["hevc", "b-frames", "uneven"])
+def test_videos_of_any_codec_are_counted_frame_for_frame(tmp_path: Path, codec: str):
+    """Which codec the publisher took is in no source: nothing may depend on it."""
+    stem = write_episode(tmp_path / "part1" / "a" / "0")
+    with av.open(stem.with_suffix(".mp4"), "w") as container:
+        options = {"x265-params": "log-level=none"} if codec == "hevc" else {"bf": "3", "g": "250"}
+        stream = container.add_stream("libx265" if codec == "hevc" else "libx264", rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 600)
+        for t, late in enumerate([0, 0, 0, 9 if codec == "uneven" else 0, 0, 0]):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 30 * t, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 20 * t + late, stream.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (ref,) = scan_all(tmp_path)
+    assert isinstance(ref, EpisodeRef) and ref.frames == 6
+    assert any("rate varies" in note for note in ref.warnings) == (codec == "uneven")
 
 
 def test_all_problems_of_one_episode_are_told_together(tmp_path: Path):
