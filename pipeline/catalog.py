@@ -117,8 +117,9 @@ class Refs(Sequence[EpisodeRef]):
     @cached_property
     def notes(self) -> list[tuple[str, str]]:
         """(source_id, warning) of what is sound enough to convert and odd enough to report."""
-        odd = self.table.filter(self.table.column("odd"))
-        rows = zip(odd.column("source_id").to_pylist(), odd.column("fields").to_pylist(), strict=True)
+        odd = [row for row, is_odd in enumerate(self.table.column("odd").to_pylist()) if is_odd]
+        names, fields = self.table.column("source_id"), self.table.column("fields")
+        rows = ((names[row].as_py(), fields[row].as_py()) for row in odd)  # filter() imports pyarrow.compute
         return [(source_id, note) for source_id, text in rows for note in json.loads(text)["warnings"]]
 
 

@@ -174,7 +174,7 @@ def _encode_cameras(
                 if len(block) != stop - start:
                     raise DataError(f"camera '{key}' ends at frame {start + len(block)} of {episode.frames}")
                 hashers[key].update(block)
-                histograms[key].add(block[wanted])
+                histograms[key].add(block, wanted)
                 encoders[key].write(block)
                 if key in jpegs:
                     jpegs[key].add(block)

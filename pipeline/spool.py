@@ -1,9 +1,11 @@
 """Spool files: one finished episode, waiting for its part to be muxed.
 
-    magic | section bytes ... | footer JSON | footer length (8 bytes) | magic
+    magic | section bytes ... | footer JSON | footer length (8 bytes) | digest of all before (8 bytes) | magic
 
-The footer carries the episode's receipt and where each section lies. A spool file exists under its final name
-only when it is complete and durable, so that its presence is the receipt.
+The footer carries the episode's receipt and where each section lies. A spool file gets its final name when it is
+whole, so that its presence is the receipt; a killed process leaves it or does not. Nothing waits for the disk here:
+most spool files are joined into their part and gone before the disk would have seen them. What a power cut made of
+one is known by the digest, which every reader checks, and that episode is encoded again.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schemas.errors import DataError
-from .durable import commit, temporary_name
+from .durable import POINT, temporary_name
 
-MAGIC = b"DPSPOOL1"
+MAGIC = b"DPSPOOL2"
+TAIL = 24  # bytes: footer length, digest, magic
 COPY_BLOCK = 1 << 20
 
 
@@ -70,11 +73,19 @@ def write_spool(
     blobs: Mapping[str, BinaryIO],
 ) -> None:
     """Write one episode: named arrays, and blobs copied from open temporary files (left open, read from 0)."""
+    import xxhash
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     sections: dict[str, dict[str, Any]] = {}
+    hasher = xxhash.xxh3_64()
     with open(temporary, "wb") as file:
-        file.write(MAGIC)
+
+        def write(data: bytes) -> None:
+            hasher.update(data)
+            file.write(data)
+
+        write(MAGIC)
         for name, array in arrays.items():
             data = np.ascontiguousarray(array)
             sections[name] = {
@@ -83,30 +94,41 @@ def write_spool(
                 "dtype": data.dtype.str,
                 "shape": list(data.shape),
             }
-            file.write(data.tobytes())
+            write(data.tobytes())
         for name, blob in blobs.items():
             start = file.tell()
             blob.seek(0)
             while block := blob.read(COPY_BLOCK):
-                file.write(block)
+                write(block)
             sections[name] = {"offset": start, "size": file.tell() - start}
         footer = json.dumps({"receipt": receipt, "sections": sections}, separators=(",", ":")).encode()
-        file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
-    commit(temporary, path)
+        write(footer + len(footer).to_bytes(8, "little"))
+        file.write(hasher.digest() + MAGIC)
+    POINT(f"rename {path.name}")
+    temporary.replace(path)
 
 
 def read_spool(path: Path) -> Spool:
-    """Open a spool file; DataError when it is torn (a disk that lied about fsync)."""
+    """Open a spool file and check all of it; DataError when it is torn."""
+    import xxhash
+
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - 16))
-            tail = file.read(16)
+            file.seek(max(0, size - TAIL))
+            tail = file.read(TAIL)
             length = int.from_bytes(tail[:8], "little")
-            if tail[8:] != MAGIC or length > size - 24:
+            if tail[16:] != MAGIC or length > size - TAIL - len(MAGIC):
                 raise ValueError("no footer")
-            file.seek(size - 16 - length)
+            file.seek(size - TAIL - length)
             footer = json.loads(file.read(length))
+            file.seek(0)
+            hasher, left = xxhash.xxh3_64(), size - TAIL + 8
+            while left and (block := file.read(min(left, COPY_BLOCK))):
+                hasher.update(block)
+                left -= len(block)
+            if hasher.digest() != tail[8:16]:
+                raise ValueError("its bytes are not those its digest was made of")
     except (OSError, ValueError) as error:
         raise DataError(
             f"spool file {path} is torn: {error}; delete it and run the same command again"

@@ -325,6 +325,37 @@ def test_a_recording_discarded_once_its_receipt_is_durable_is_not_read_again(tmp
     assert tree_digest(tmp_path / "out" / "videos") == tree_digest(tmp_path / "whole" / "videos")
 
 
+@pytest.mark.parametrize("harm", ["nothing", "one bit", "zeros", "cut"])
+def test_a_spool_file_that_a_power_cut_tore_is_made_anew(tmp_path: Path, monkeypatch, harm: str):
+    write_suite(tmp_path / "raw", demos=2, steps=8, side=16)
+    run_convert(tmp_path / "raw", tmp_path / "whole")
+    read: list[str] = []
+    sound = libero.CONVERTER.read
+
+    def failing(ref, options):
+        if ref.source_id.endswith("demo_1"):
+            raise RuntimeError("the power goes")
+        return sound(ref, options)
+
+    with monkeypatch.context() as until:
+        until.setattr(libero, "CONVERTER", _reading(read, failing))
+        with pytest.raises(DataError, match="the power goes"):
+            run_convert(tmp_path / "raw", tmp_path / "out")
+    (spool,) = (tmp_path / "out/dpipe/spool").glob("*.episode")
+    held = bytearray(spool.read_bytes())
+    if harm == "one bit":
+        held[len(held) // 3] ^= 1
+    elif harm == "zeros":  # a page whose place was given out and never written
+        held[: len(held) // 2] = bytes(len(held) // 2)
+    spool.write_bytes(held[:-9] if harm == "cut" else held)
+    monkeypatch.setattr(libero, "CONVERTER", _reading(read, sound))
+    read.clear()
+    run_convert(tmp_path / "raw", tmp_path / "out")
+    again = ["libero_goal/a_demo/demo_0"] if harm != "nothing" else []
+    assert [name[-6:] for name in read] == [name[-6:] for name in again] + ["demo_1"]
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+
+
 def _reading(read: list[str], sound):
     from dataclasses import replace
 

@@ -223,6 +223,7 @@ class Encoder:
             raise DataError(f"{self.codec.encoder} returned {len(self._sizes)} of {self._written} frames")
         extradata = self._context.extradata
         assert extradata is not None, "opened with a global header"
+        del self._context  # libx264 keeps some MB until it is closed, and the caller may keep this object
         make_entry = avc_entry if self.codec.name == "h264" else av1_entry
         return EncodedClip(
             make_entry(extradata, self.width, self.height),
