@@ -34,7 +34,7 @@ from ..models.policies import AnchorPolicy, EmbeddedAnchor, EmbeddedPolicy, Poli
 from ..schemas.errors import DataError, UsageError, unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
-from .loop import Options, Phase
+from .loop import Objective, Options, Phase
 from .losses import masked_mean
 from .policy import observe, timed
 from .recipe import Recipe, TargetFolder
@@ -59,7 +59,7 @@ class Config:
             raise unknown_name("anchorrefine mode", self.mode, ("refine", "direct", "continue"))
 
 
-class AnchorRefine(nn.Module):
+class AnchorRefine(Objective):
     """Refiner on a frozen anchor. `facts`: the anchor's sizes, chunk, dimensions, the delta's deviation."""
 
     scale: Tensor  # [Da] deviation of delta (of the action itself in mode `direct`)
@@ -180,14 +180,6 @@ class AnchorRefine(nn.Module):
                 logits.sigmoid() + correction * self.gripper_scale > 0.5, 1.0, -1.0
             )
         return out
-
-    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
-        return []
-
-    def progress(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, progress: Mapping[str, Any]) -> None: ...
 
 
 # -- at work ----------------------------------------------------------------------------------------------

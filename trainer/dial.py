@@ -50,7 +50,7 @@ from ..models.vlm import Vlm, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
-from .loop import Options, Phase
+from .loop import Objective, Options, Phase
 from .losses import masked_mean, valid_steps
 from .policy import observe, timed
 from .recipe import Recipe, TargetFolder
@@ -201,7 +201,7 @@ class Act(nn.Module):
         return self.leave(self.norm(tokens[:, 1:]))
 
 
-class Dial(nn.Module):
+class Dial(Objective):
     """Both systems. `facts`: tokens, channels, feature mean and std, and how features are made from frames."""
 
     mean: Tensor
@@ -275,14 +275,6 @@ class Dial(nn.Module):
             lambda x, tau: self.act.velocity(x, tau, state, context), noise, self.config.sample_steps
         )
         return out.clamp(-1, 1)
-
-    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
-        return []
-
-    def progress(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, progress: Mapping[str, Any]) -> None: ...
 
 
 # -- at work ----------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.policies import EmbeddedPolicy, PolicyConfig, save_policy
 from ..schemas.folds import seen_in_training
 from ..streams.stream import StreamSpec
 from .draws import Draws
-from .loop import Options, Phase
+from .loop import Objective, Options, Phase
 from .losses import masked_mean
 from .policy import observe, timed
 from .recipe import Recipe
@@ -57,7 +57,7 @@ class AnchorConfig:
     folds: int = 1  # of so many (`schemas/folds.py`)
 
 
-class Imitation(nn.Module):
+class Imitation(Objective):
     """An embedded policy and its loss."""
 
     def __init__(self, config: PolicyConfig, space: Space, gripper_weight: float) -> None:
@@ -84,16 +84,6 @@ class Imitation(nn.Module):
             metrics["gripper"] = gripper_loss.detach()
             loss = loss + self.gripper_weight * gripper_loss
         return loss, metrics
-
-    def begin(self, phase: Phase) -> None: ...
-
-    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
-        return []
-
-    def progress(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, progress: Mapping[str, Any]) -> None: ...
 
 
 class ImitationPolicy:

@@ -40,7 +40,7 @@ from ..models.vlm import Vlm, VlmEncoder, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
-from .loop import Options, Phase
+from .loop import Objective, Options, Phase
 from .losses import accuracy, masked_mean, mean_over_processes, valid_steps
 from .policy import observe, timed
 from .recipe import Recipe
@@ -296,7 +296,7 @@ def bin_centre(bins: Tensor, count: int) -> Tensor:
 # -- the recipe -------------------------------------------------------------------------------------------
 
 
-class Libra(nn.Module):
+class Libra(Objective):
     """Planner and refiner, trained together. `forward` is one training step's loss."""
 
     schedule: Tensor  # [levels]: share of the action's variance kept at each noise level

@@ -80,23 +80,26 @@ class Phase:
     lr: float | None = None
 
 
-class Objective(Protocol):
-    """What the loop asks of a recipe's model, beside being an nn.Module whose `forward` is the loss.
+class Objective(nn.Module):
+    """What the loop asks of a recipe's model: a loss, and four moments at which most have nothing to do."""
 
-    `forward(batch, draws)` returns the loss and metrics (detached scalars). `begin` enters a phase: freeze and
-    free parameters there. `advance` is called after each optimiser step, counted from 1 within the phase, and
-    returns lines worth printing. `progress` and `restore` carry what is not a weight.
-    """
+    def forward(self, batch: Mapping[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and metrics: detached scalars."""
+        raise NotImplementedError
 
-    def forward(self, batch: Mapping[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def begin(self, phase: Phase) -> None:
+        """Enter a phase: freeze and free parameters here."""
 
-    def begin(self, phase: Phase) -> None: ...
+    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
+        """After each optimiser step, counted from 1 within the phase; returns lines worth printing."""
+        return []
 
-    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]: ...
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights."""
+        return {}
 
-    def progress(self) -> dict[str, Any]: ...
-
-    def restore(self, progress: Mapping[str, Any]) -> None: ...
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on from what `progress` gave."""
 
 
 class Batches(Protocol):

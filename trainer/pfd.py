@@ -33,7 +33,7 @@ from ..schemas.errors import DataError, unknown_name
 from ..schemas.noise import flow_noise
 from ..streams.stream import StreamSpec
 from .draws import Draws
-from .loop import Options, Phase
+from .loop import Objective, Options, Phase
 from .losses import masked_mean, valid_steps
 from .policy import observe, timed
 from .recipe import Recipe, TargetFolder
@@ -66,7 +66,7 @@ class FlowOptions:
     execute: int = 8
 
 
-class FlowBase(nn.Module):
+class FlowBase(Objective):
     """The base policy and its loss."""
 
     def __init__(self, config: FlowOptions, space: Space, latents: tuple[int, ...] = ()) -> None:
@@ -108,16 +108,6 @@ class FlowBase(nn.Module):
         shown = (video.float() - (video_noise - latents)).square().mean()
         told = {"flow": flow, "video": shown}
         return flow + self.config.video_weight * shown, {name: value.detach() for name, value in told.items()}
-
-    def begin(self, phase: Phase) -> None: ...
-
-    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
-        return []
-
-    def progress(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, progress: Mapping[str, Any]) -> None: ...
 
 
 # -- the adapter ------------------------------------------------------------------------------------------
@@ -166,7 +156,7 @@ class Adapter(nn.Module):
         return self.last(self.layers(torch.cat(parts, dim=-1)))
 
 
-class Pfd(nn.Module):
+class Pfd(Objective):
     """The frozen base and its adapter. `facts`: where the base is, and its sizes."""
 
     def __init__(self, config: Config, space: Space, facts: Mapping[str, Any]) -> None:
@@ -215,14 +205,6 @@ class Pfd(nn.Module):
             seen = self.base.encoder(images, batch["state"][:, 0], batch["text"]).mean(dim=1)
         level = shifted_sigma(u)[:, None, None]
         return seen.repeat_interleave(count, 0), (1 - level) * clean + level * noise
-
-    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
-        return []
-
-    def progress(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, progress: Mapping[str, Any]) -> None: ...
 
 
 # -- at work ----------------------------------------------------------------------------------------------

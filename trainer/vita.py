@@ -35,7 +35,7 @@ from ..models.vlm import Vlm, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
 from .draws import Draws
-from .loop import Options, Phase
+from .loop import Objective, Options, Phase
 from .losses import masked_mean
 from .policy import observe, timed
 from .recipe import Recipe, TargetFolder
@@ -126,7 +126,7 @@ class Student(nn.Module):
         return self.norm(tokens[:, -3:])
 
 
-class Vita(nn.Module):
+class Vita(Objective):
     """Student, mapper and decoder. `facts`: teacher width and the decoder's description."""
 
     def __init__(self, config: Config, space: Space, facts: Mapping[str, Any]) -> None:
@@ -179,14 +179,6 @@ class Vita(nn.Module):
     def hidden(self, images: list[Tensor], state: Tensor, text: Tensor) -> Tensor:
         """[B, 3, h]: what the student takes the teacher's hidden states to be."""
         return self.mapper(self.student(images, state, text))
-
-    def advance(self, step: int, metrics: Mapping[str, Tensor]) -> list[str]:
-        return []
-
-    def progress(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, progress: Mapping[str, Any]) -> None: ...
 
 
 class VitaPolicy:
