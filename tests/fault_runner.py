@@ -53,7 +53,7 @@ def write_source(source: str, raw: Path) -> None:
         from raw_egodex import write_episode
 
         for number in range(2):
-            write_episode(raw / "part1" / "stack_cups" / str(number), frames=5)
+            write_episode(raw / "part1" / "stack_cups" / str(number), frames=5, confidence=False)
     elif source == "agibot":
         import raw_agibot
 

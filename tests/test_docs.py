@@ -52,11 +52,11 @@ def test_the_example_of_every_source_runs_as_typed(page: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["stages", "recipes"])
-def test_the_example_of_every_stage_and_recipe_runs_as_typed(folder: str, tmp_path: Path):
-    """One workspace for all pages of a folder: what one made, the next finds."""
-    for number, page in enumerate(EXAMPLES[folder]):
-        assert run_page(page, tmp_path, {r"dpipe sample .*\n": ""} if number else None)
+@pytest.mark.timeout(600)
+def test_the_examples_of_stages_and_recipes_run_as_typed(tmp_path: Path):
+    """One workspace for all pages: what one made, the next finds."""
+    for number, page in enumerate([*EXAMPLES["stages"], *EXAMPLES["recipes"]]):
+        assert run_page(page, tmp_path, {r"dpipe sample .*\n": ""} if number else None), page
 
 
 @pytest.mark.slow
