@@ -7,6 +7,7 @@ the loader with its name; a field the reader does not ask about is not compared.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -23,6 +24,7 @@ NO_PIXELS = "no pixels: any augmentation"
 
 
 BFLOAT16 = "bfloat16"
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class ArraySpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ArraySpec":
+        """Its name, and the file of its scales, are looked for below the target; DataError where they lead away."""
+        for name in (data["name"], (data.get("attributes") or {}).get("scale", "x")):
+            if not isinstance(name, str) or FILE_NAME.fullmatch(name) is None:
+                raise DataError(
+                    f"an array of the target is called {name!r:.80}, which is no file's name; refused"
+                )
         return cls(**{**data, "shape": tuple(data["shape"]), "axes": tuple(data["axes"])})
 
 

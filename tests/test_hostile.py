@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dpipe.converters.lerobot_files import open_parquet as open_lerobot_rows
+from dpipe.converters.mapped import decode_picture
 from dpipe.pipeline.doctor import Level, examine
 from dpipe.schemas.errors import DataError, DpipeError, UsageError
 from dpipe.streams.dataset import decode_image, open_dataset
@@ -137,6 +139,40 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, declared: int, inflated: int
     assert "4" in report.findings[0].what
 
 
+def test_no_more_of_a_zip_member_is_inflated_than_it_declares():
+    """Refused either way, but everything would have been there first."""
+    from dpipe.converters.archives import bytes_read_at, read_member, zip_members
+
+    data = bomb(200, 32 << 20)
+    (member,) = zip_members(bytes_read_at(data), len(data))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="other than the 200 bytes"):
+            read_member(bytes_read_at(data), member)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_sparse_file_in_a_tar_is_no_recording(tmp_path: Path):
+    """Its size is a claim: 4 bytes are stored of 700, and what follows them is not its own."""
+    from dpipe.converters.archives import index_tar
+
+    member = tarfile.TarInfo("648649/videos/head_color.mp4")
+    member.size = 4
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[386:410] = b"%011o\0%011o\0" % (0, 4)
+    header[483:495] = b"\x80" + (700).to_bytes(11)  # the real size, in base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + b"harm".ljust(512, b"\0") + bytes(1024))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        (entry,) = archive.getmembers()
+        assert entry.issparse() and entry.size == 700
+    assert index_tar(tmp_path / "a.tar").members == {}
+
+
 def test_an_array_that_claims_a_terabyte_is_refused(tmp_path: Path):
     folder = write_split(tmp_path / "calvin/task_D_D/training", [(0, 20)], [(0, 15, "push it", "push")])
     header = io.BytesIO()
@@ -229,6 +265,8 @@ def png_claiming(width: int, height: int) -> bytes:
 def test_a_picture_of_impossible_size_is_refused_before_it_is_allocated(tmp_path: Path, data: bytes):
     with pytest.raises(DataError, match="refused"):
         decode_image(data, "here")
+    with pytest.raises(DataError, match=r"refused|cannot be decoded: Image size"):
+        decode_picture(data, "here")
     root = write_dataset(tmp_path / "set", [12], kind="image")
     path = root / "data/chunk-000/file-000.parquet"
     table = pq.ParquetFile(path).read()
@@ -274,6 +312,17 @@ def test_a_video_that_claims_or_refers_too_far_is_refused(tmp_path: Path, kind, 
     root = write_dataset(tmp_path / "set", [12])
     patch_video(root, kind, at, data)
     assert words in found(root)
+
+
+def test_a_table_of_a_gigabyte_is_not_read(tmp_path: Path):
+    """A file with a hole where its moov should be costs nobody anything but its reader."""
+    from dpipe.video.mp4 import read_table
+
+    path = tmp_path / "hole.mp4"
+    path.write_bytes(struct.pack(">I4s4sI", 16, b"ftyp", b"isom", 0) + struct.pack(">I4s", 1 << 30, b"moov"))
+    os.truncate(path, 16 + (1 << 30))
+    with pytest.raises(DataError, match="claims 1073741824 bytes; the limit"):
+        read_table(path)
 
 
 # --- tables and JSON ----------------------------------------------------------------------------------------
@@ -434,6 +483,22 @@ def test_names_from_other_peoples_datasets_reach_the_card_without_markup(tmp_pat
     assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 6, "no cell of a table was opened"
 
 
+def test_names_from_other_peoples_datasets_reach_the_report_without_markup(tmp_path: Path):
+    """Dimension names stand in its charts, too, which are another language than its page."""
+    from dpipe.pipeline.report import write_report
+    from dpipe.pipeline.workspace import Workspace
+
+    root = write_dataset(tmp_path / "lerobot/set", [12, 13], kind="none", tasks=(EVIL,))
+    info = json.loads((root / "meta/info.json").read_text())
+    for feature in ("action", "observation.state"):
+        names = info["features"][feature]["names"]
+        info["features"][feature]["names"] = [EVIL, *names[1:]]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    page = write_report(Workspace(tmp_path), (), None).path.read_text()
+    assert "touch harm" in page, "the words are shown"
+    assert "<img src=x" not in page
+
+
 def test_a_script_for_slurm_quotes_every_word():
     import shlex
 
@@ -446,11 +511,20 @@ def test_a_script_for_slurm_quotes_every_word():
         sbatch_script(["convert", "libero", "--where", "x\ntouch harm"], 4, 2, None)
 
 
-def test_a_picture_that_is_a_program_is_no_picture():
+@pytest.mark.parametrize("decode", [decode_image, decode_picture])
+def test_a_picture_that_is_a_program_is_no_picture(monkeypatch: pytest.MonkeyPatch, decode):
     """Pillow would hand PostScript to Ghostscript."""
+    asked = []
+
+    def run(*given: object, **more: object) -> None:
+        asked.append(given)
+        raise OSError("Ghostscript was asked")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(harm) run\n%%EOF\n"
     with pytest.raises(DataError, match="cannot be decoded"):
-        decode_image(program, "here")
+        decode(program, "here")
+    assert not asked
 
 
 def test_nothing_reaches_for_the_network_unasked(tmp_path: Path):
@@ -526,6 +600,50 @@ def test_shards_name_no_file_outside_their_folder(tmp_path: Path, name: str, ent
     assert "refused" in examine(folder).problems
     with pytest.raises(DataError, match="outside its folder"):
         ShardRows(folder, Fit(None))
+
+
+def break_part(folder: Path) -> None:
+    path = folder / "episodes.parquet"
+    table = pq.ParquetFile(path).read()
+    keys = pa.array(["../../../../harm"] * len(table))
+    pq.write_table(table.set_column(table.column_names.index("key"), "key", keys), path)
+
+
+def break_array(folder: Path) -> None:
+    told = json.loads((folder / "contract.json").read_text())
+    told["arrays"][0]["name"] = "../../../../harm"
+    (folder / "contract.json").write_text(json.dumps(told))
+
+
+def break_scale(folder: Path) -> None:
+    told = json.loads((folder / "contract.json").read_text())
+    told["arrays"][0]["attributes"]["scale"] = "/etc/passwd"
+    (folder / "contract.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("harm", [break_part, break_array, break_scale])
+def test_targets_name_no_file_outside_their_folder(tmp_path: Path, harm):
+    from dpipe.pipeline.precompute import precompute
+    from dpipe.streams.targets import open_targets
+    from tiny_dataset import write_tiny
+
+    root = write_tiny(tmp_path / "set", [(0, 24)])
+    precompute(root, ["tokens"], {"tokens": {"probe": "none", "bins": [10]}})
+    (folder,) = (root / "dpipe/targets/tokens").iterdir()
+    assert "refused" not in examine(folder).problems
+    harm(folder)
+    assert "refused" in examine(folder).problems
+    with pytest.raises(DataError, match="refused"):
+        open_targets(root, ["tokens"]).take(index=np.arange(2))
+
+
+def test_weights_that_claim_a_header_of_a_terabyte_are_not_read(tmp_path: Path):
+    from dpipe.pipeline.info import describe
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    with pytest.raises(DataError, match="claims 1099511627776 bytes; refused"):
+        describe(path)
 
 
 def test_an_index_fetched_from_a_stranger_writes_nothing_outside_the_cache(tmp_path: Path):

@@ -290,13 +290,15 @@ def test_statistics_of_a_camera_are_its_colours(tmp_path: Path):
 
 
 def test_every_command_reads_a_condition_with_one_function(space: Workspace):
-    """convert asks over its catalogue, train and select over a dataset: the same words, the same refusal."""
+    """convert and doctor ask over a catalogue, train, select and doctor over a dataset: the same words and refusal."""
     from dpipe.pipeline import catalog
 
-    assert "select_rows" in catalog.select.__code__.co_names
+    assert "rows_that_meet" in catalog.select.__code__.co_names
+    assert "select_rows" in catalog.rows_that_meet.__code__.co_names
     words = ["--workspace", str(space.root), "--where", "framess > 1"]
-    told = CliRunner().invoke(cli, ["select", "ours", "--name", "x", *words])
-    assert isinstance(told.exception, UsageError) and "columns: dataset" in str(told.exception)
+    for command in (["select", "ours", "--name", "x"], ["doctor", "ours"]):
+        told = CliRunner().invoke(cli, [*command, *words])
+        assert isinstance(told.exception, UsageError) and "columns: dataset" in str(told.exception)
     refused = CliRunner().invoke(cli, ["precompute", "stats", "--dataset", "ours", *words])
     assert isinstance(refused.exception, UsageError) and "dpipe select" in str(refused.exception)
 

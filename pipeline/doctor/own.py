@@ -260,7 +260,8 @@ def examine_target(folder: Path, subject: Subject | None, level: Level, values: 
         specs = [ArraySpec.from_json(spec) for spec in data["arrays"]]
     except (*EXPECTED, RecursionError) as error:
         if not values:
-            yield Found(f"{where}/contract.json", in_a_line(error), problem="target-contract")
+            problem = "refused" if "; refused" in str(error) else "target-contract"
+            yield Found(f"{where}/contract.json", in_a_line(error), problem=problem)
         return
     if values:
         yield from _target_values(folder, where, specs, level)
@@ -319,6 +320,10 @@ def _target_arrays(folder: Path, where: str, specs: list[ArraySpec]) -> Findings
         yield Found(f"{where}/episodes.parquet", in_a_line(error))
         return
     parts = sorted({(index["part"][e], index["key"][e]) for e in range(count)})
+    for row, key in enumerate(index["key"]):
+        if not str(key).isalnum():
+            yield Found(f"{where}/episodes.parquet", f"row {row} names part {key!r:.80}", problem="refused")
+            return
     for spec in specs:
         if "compute" in spec.attributes:
             continue  # made in the loader, nothing lies on disk
