@@ -24,12 +24,13 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..schemas.errors import DataError, UsageError
+from ..schemas.errors import UsageError
 from ..schemas.noise import flow_noise
 from ..schemas.normalisers import Normaliser
 from .blocks import Block, ObservationEncoder, TimeEmbedding, text_ids, to_pixels
 from .dct import GRID, DctTower
 from .diffusion import shifted_sigma
+from .policy_folder import read_folder, write_folder
 
 FLOW_VERSION = 1
 LATENT_GRID = 4
@@ -146,28 +147,15 @@ class EmbeddedFlow:
     """A folder of weights, opened: what the privileged stage runs (`stages.privileged.PrivilegedBase`)."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        from safetensors.torch import load_file
-
-        path = folder / "flow.json"
-        if not path.is_file():
-            raise UsageError(f"no flow policy in {folder}\n  expected flow.json; make one:  dpipe train flow")
-        told = json.loads(path.read_text())
-        if told.get("flow") != FLOW_VERSION:
-            raise DataError(f"{path}: version {told.get('flow')}; this dpipe reads {FLOW_VERSION}")
-        self.config = FlowConfig.from_json(told["config"])
+        stored = read_folder(folder, "flow", FLOW_VERSION, "flow")
+        self.config = FlowConfig.from_json(stored.config)
         self.network = FlowPolicy(self.config)
-        weights = load_file(folder / "model.safetensors")
-        self.network.load_state_dict(weights)
+        self.network.load_state_dict(stored.weights)
         self.network.to(device).eval().requires_grad_(False)
-        self.action = Normaliser.from_json(told["action"])
+        self.action, self._training, self._weights = stored.action, stored.training, stored.digest
         self.cameras, self.chunk, self.future = self.config.cameras, self.config.chunk, self.config.future
         self.frame_size: tuple[int, int] | None = (self.config.image_size, self.config.image_size)
-        self._told, self._device = told, device
-        hasher = xxhash.xxh3_128()
-        for name, value in sorted(weights.items()):
-            hasher.update(name.encode())
-            hasher.update(value.contiguous().numpy().tobytes())
-        self._weights = hasher.hexdigest()
+        self._device = device
 
     @property
     def digest(self) -> str:
@@ -179,7 +167,7 @@ class EmbeddedFlow:
             **asdict(self.config),
             "weights": self._weights,
             "action_normaliser": self.action.digest,
-            "training": self._told["training"],
+            "training": self._training,
         }
 
     def velocities(
@@ -220,21 +208,8 @@ class EmbeddedFlow:
 
 
 def save_flow(folder: Path, network: FlowPolicy, action: Normaliser, training: Mapping[str, Any]) -> None:
-    """Write a folder that `open_base` reads; flow.json last."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
-    save_file(weights, folder / ".model.safetensors.tmp")
-    (folder / ".model.safetensors.tmp").rename(folder / "model.safetensors")
-    told = {
-        "flow": FLOW_VERSION,
-        "config": asdict(network.config),
-        "action": action.to_json(),
-        "training": dict(training),
-    }
-    (folder / ".flow.json.tmp").write_text(json.dumps(told, indent=1) + "\n")
-    (folder / ".flow.json.tmp").rename(folder / "flow.json")
+    """Write a folder that `open_base` reads."""
+    write_folder(folder, "flow", FLOW_VERSION, network, network.config, action, training)
 
 
 def open_base(spec: str, device: str = "cpu") -> EmbeddedFlow:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..schemas.errors import DataError, UsageError
 from ..schemas.normalisers import Normaliser
 from .blocks import Block, ObservationEncoder, text_ids
+from .policy_folder import read_folder, write_folder
 
 POLICY_VERSION = 1
 
@@ -258,33 +259,17 @@ class _Opened:
     """What teacher and anchor share once a folder is open."""
 
     def __init__(self, folder: Path, kind: str, device: str) -> None:
-        from safetensors.torch import load_file
-
-        path = folder / "policy.json"
-        if not path.is_file():
-            raise UsageError(
-                f"no embedded {kind} in {folder}\n  expected policy.json; make one:  dpipe train {kind}"
-            )
-        told = json.loads(path.read_text())
-        if told.get("policy") != POLICY_VERSION or told["config"]["kind"] != kind:
-            raise DataError(
-                f"{path}: expected an embedded {kind} of version {POLICY_VERSION}, "
-                f"found {told.get('config', {}).get('kind')} of version {told.get('policy')}"
-            )
-        config = PolicyConfig.from_json(told["config"])
+        stored = read_folder(folder, "policy", POLICY_VERSION, kind)
+        if stored.config["kind"] != kind:
+            raise DataError(f"{folder}: expected an embedded {kind}, found '{stored.config['kind']}'")
+        config = PolicyConfig.from_json(stored.config)
         self.network = EmbeddedPolicy(config)
-        weights = load_file(folder / "model.safetensors")
-        self.network.load_state_dict(weights)
+        self.network.load_state_dict(stored.weights)
         self.network.to(device).eval().requires_grad_(False)
-        self.config, self._told, self._device = config, told, device
-        self.action = Normaliser.from_json(told["action"])
+        self.action, self._training, self._weights = stored.action, stored.training, stored.digest
+        self.config, self._device = config, device
         self.cameras, self.grippers, self.width = config.cameras, config.grippers, config.width
         self.frame_size: tuple[int, int] | None = (config.image_size, config.image_size)
-        hasher = xxhash.xxh3_128()
-        for name, value in sorted(weights.items()):
-            hasher.update(name.encode())
-            hasher.update(value.contiguous().numpy().tobytes())
-        self._weights = hasher.hexdigest()
 
     @property
     def digest(self) -> str:
@@ -296,7 +281,7 @@ class _Opened:
             **asdict(self.config),
             "weights": self._weights,
             "action_normaliser": self.action.digest,
-            "training": self._told["training"],
+            "training": self._training,
             "augmentation": "off",
             "stochastic": False,
         }
@@ -357,24 +342,8 @@ class EmbeddedAnchor(_Opened):
 def save_policy(
     folder: Path, network: EmbeddedPolicy, action: Normaliser, training: Mapping[str, Any]
 ) -> None:
-    """Write a folder that `open_teacher` and `open_anchor` read; policy.json last.
-
-    `training` says how the weights came about (seed, steps, threads, data): it is part of the digest.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
-    save_file(weights, folder / ".model.safetensors.tmp")
-    (folder / ".model.safetensors.tmp").rename(folder / "model.safetensors")
-    told = {
-        "policy": POLICY_VERSION,
-        "config": asdict(network.config),
-        "action": action.to_json(),
-        "training": dict(training),
-    }
-    (folder / ".policy.json.tmp").write_text(json.dumps(told, indent=1) + "\n")
-    (folder / ".policy.json.tmp").rename(folder / "policy.json")
+    """Write a folder that `open_teacher` and `open_anchor` read. `training` is part of the digest."""
+    write_folder(folder, "policy", POLICY_VERSION, network, network.config, action, training)
 
 
 def open_teacher(spec: str, device: str = "cpu") -> Teacher:
