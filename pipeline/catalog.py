@@ -1,14 +1,19 @@
 """The catalogue: every episode of a raw folder, checked but for its pixels, remembered between runs.
 
 Scans run as tasks; a recording whose files kept size and time is not opened again. Entries are held as Arrow
-columns and become Python objects when one is asked for: a million episodes are some hundred megabytes.
+columns and become Python objects when one is asked for: a million episodes are some hundred megabytes. A long scan
+keeps what it has read in pieces, so that one that is stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from sys import intern
@@ -33,6 +38,7 @@ _json = json.JSONEncoder(ensure_ascii=False).encode
 
 RECORDINGS_A_TASK = 64
 BATCH = 16_384  # entries turned into columns, or back into objects, at a time
+PIECE_S = 30.0  # how much of a scan a kill may cost
 EPISODE, LEFT_OUT, EMPTY = 0, 1, 2  # kinds of entries; EMPTY: a recording with nothing in it
 
 
@@ -133,6 +139,7 @@ class Catalog:
     recordings: int = 0
     fresh: bool = False  # something was scanned now rather than remembered
     variant: str | None = None  # None: all of them
+    pieces: Path | None = None  # of scans that were stopped; of no use once all is remembered
 
     @cached_property
     def refs(self) -> Refs:
@@ -163,13 +170,13 @@ class Catalog:
 
     def of(self, variant: str) -> Catalog:
         """One variant's episodes, and what was left out before its variant was known."""
-        return Catalog(self.table, self.raw, self.setting, self.recordings, self.fresh, variant)
+        return Catalog(self.table, self.raw, self.setting, self.recordings, self.fresh, variant, self.pieces)
 
     def remember(self, path: Path) -> None:
         """Keep the scan for the next run."""
-        table = self.table.replace_schema_metadata({"setting": self.setting, "raw": str(self.raw)})
-        pieces = (table.slice(start, BATCH) for start in range(0, max(1, table.num_rows), BATCH))
-        write_parquet(path, pieces, table.schema)
+        _write_entries(path, self.table, self.setting, self.raw)
+        if self.pieces is not None:
+            shutil.rmtree(self.pieces, ignore_errors=True)
 
 
 def scan_recordings(
@@ -202,23 +209,28 @@ def build_catalog(
     cache: Path | None,
     executor_for: Callable[[int], Executor],
     progress: Progress,
+    pieces: Path | None = None,
+    keep: bool = False,
 ) -> Catalog:
     """Find and scan; `cache` is the file of earlier scans, `Catalog.remember` writes the next one.
 
-    `executor_for(n)` is asked for a place to run only where n recordings have to be opened.
+    `executor_for(n)` is asked for a place to run only where n recordings have to be opened. `pieces` is the folder
+    of what scans that did not end have read; this one adds to it where it may `keep` anything.
     """
     if not raw.is_dir() and not raw.is_file():
         raise missing_raw(converter, raw)
     # Options and version may change what a scan finds (pairing, cut): part of what the memory is good for.
     setting = json.dumps([converter.name, converter.version, asdict(options)], sort_keys=True, default=str)
-    known, old_spans, memory = _remembered(cache, raw, setting)
-    spans: list[
-        tuple[int, int]
-    ] = []  # of each recording: rows of the memory, or (-1, its place among the new)
+    earlier = sorted(pieces.glob("*.parquet")) if pieces is not None else []
+    known, old_spans, memory = _remembered([*([cache] if cache else []), *earlier], raw, setting)
+    # Of each recording: rows of the memory, or (-1, its place among the new).
+    spans: list[tuple[int, int]] = []
     fresh: list[Recording] = []
     memos: list[str] = []
+    files, memo = (), "[]"
     for recording in converter.find(raw, options):
-        memo = intern(json.dumps(file_memo(recording.files)))  # members of one archive share theirs
+        if recording.files != files:  # members of one archive share theirs
+            files, memo = recording.files, intern(json.dumps(file_memo(recording.files)))
         at = known.get(recording.name)
         if at is not None and at[1] == memo:
             spans.append(old_spans[at[0]])
@@ -231,12 +243,60 @@ def build_catalog(
     if not fresh and spans == old_spans:
         table = memory
     else:
-        scanned = _scan(converter, raw, options, fresh, memos, executor_for, progress)
+        hold = None if pieces is None or not keep else _Pieces(pieces, raw, setting)
+        scanned = _scan(converter, raw, options, fresh, memos, executor_for, progress, hold)
         table = _in_order(spans, memory, *scanned)
-    catalog = Catalog(table, raw, setting, len(spans), bool(fresh) or spans != old_spans)
+    is_fresh = bool(fresh or earlier) or spans != old_spans
+    catalog = Catalog(table, raw, setting, len(spans), is_fresh, pieces=pieces)
     if catalog.fresh:
         _check_unique(catalog.refs.source_ids)
     return catalog
+
+
+@dataclass
+class _Pieces:
+    """Where a scan keeps what it has read, from time to time."""
+
+    folder: Path
+    raw: Path
+    setting: str
+    kept: int = 0  # tables
+    written: int = 0
+    at: float = field(default_factory=time.monotonic)
+
+    def due(self) -> bool:
+        return time.monotonic() - self.at > PIECE_S
+
+    def keep(self, tables: Sequence[pa.Table]) -> None:
+        """What came since the last piece. Its name is this process's own: several may scan one folder at once."""
+        import pyarrow as pa
+
+        self.at = time.monotonic()
+        if len(tables) == self.kept:
+            return
+        path = self.folder / f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}-{self.written}.parquet"
+        _write_entries(path, pa.concat_tables(tables[self.kept :]), self.setting, self.raw)
+        self.kept, self.written = len(tables), self.written + 1
+
+
+def _write_entries(path: Path, table: pa.Table, setting: str, raw: Path) -> None:
+    """Entries as a file; words are numbered anew as they come, not in the order in which workers were done."""
+    import pyarrow as pa
+
+    schema = entry_schema().with_metadata({"setting": setting, "raw": str(raw)})
+
+    def pieces() -> Iterator[pa.Table]:
+        for start in range(0, max(1, table.num_rows), BATCH):
+            some = table.slice(start, BATCH).combine_chunks()
+            columns = [
+                column.cast(column.type.value_type).combine_chunks().dictionary_encode()
+                if pa.types.is_dictionary(column.type)
+                else column
+                for column in some.columns
+            ]
+            yield pa.Table.from_arrays(columns, schema=schema)
+
+    write_parquet(path, pieces(), schema)
 
 
 def _scan(
@@ -247,6 +307,7 @@ def _scan(
     memos: list[str],
     executor_for: Callable[[int], Executor],
     progress: Progress,
+    pieces: _Pieces | None = None,
 ) -> tuple[pa.Table, list[tuple[int, int]]]:
     """Entries of recordings as columns in the order they came, and each recording's rows among them."""
     import pyarrow as pa
@@ -263,11 +324,18 @@ def _scan(
         tables.append(pa.Table.from_batches(batches, entry_schema()).unify_dictionaries().combine_chunks())
         batches.clear()
 
+    def keep(pieces: _Pieces) -> None:
+        if batches:
+            gather()
+        pieces.keep(tables)
+
     def take(first: int, outcome: tuple[list[Any], list[int]]) -> None:
         nonlocal rows
         batches.extend(outcome[0])
         if sum(batch.num_rows for batch in batches) >= BATCH:
             gather()
+        if pieces is not None and pieces.due():
+            keep(pieces)
         for at, count in enumerate(outcome[1], first):
             spans[at] = (rows, rows + count)
             rows += count
@@ -281,16 +349,21 @@ def _scan(
     if not recordings:
         return pa.Table.from_batches([], entry_schema()), spans
     executor = executor_for(len(recordings))
-    for (first, last), outcome in executor.results(tasks):
-        if not isinstance(outcome, Failure):
-            take(first, outcome)
-        elif last - first > 1:  # one of them takes workers down: find it
-            for at in range(first, last):
-                executor.submit(*task(at, at + 1)[:2], *task(at, at + 1)[2])
-        else:
-            made = _Entries(raw)
-            made.add(recordings[first].name, memos[first], [_failed(recordings[first], outcome)])
-            take(first, (made.finished(), [1]))
+    try:
+        for (first, last), outcome in executor.results(tasks):
+            if not isinstance(outcome, Failure):
+                take(first, outcome)
+            elif last - first > 1:  # one of them takes workers down: find it
+                for at in range(first, last):
+                    executor.submit(*task(at, at + 1)[:2], *task(at, at + 1)[2])
+            else:
+                made = _Entries(raw)
+                made.add(recordings[first].name, memos[first], [_failed(recordings[first], outcome)])
+                take(first, (made.finished(), [1]))
+    except BaseException:
+        if pieces is not None:
+            keep(pieces)
+        raise
     progress.end()
     gather()
     return pa.concat_tables(tables), spans
@@ -319,35 +392,31 @@ def _in_order(
 
 
 class _Entries:
-    """Entries of recordings, gathered as lists and turned into Arrow columns now and then."""
+    """Entries of recordings, gathered as rows and turned into Arrow columns now and then."""
 
     def __init__(self, raw: Path) -> None:
         self.raw, self.rows = raw, 0
         self.batches: list[Any] = []
-        self.columns: dict[str, list[Any]] = {name: [] for name in entry_schema().names}
+        self.waiting: list[tuple[Any, ...]] = []
 
     def add(self, recording: str, memo: str, entries: Sequence[EpisodeRef | Dropped]) -> None:
-        columns = self.columns
         for entry in entries or [None]:
-            columns["recording"].append(recording)
-            columns["memo"].append(memo)
-            row = _entry(entry, self.raw)
-            for name, value in row.items():
-                columns[name].append(value)
+            self.waiting.append((recording, memo, *_entry(entry, self.raw)))
             self.rows += 1
-        if len(columns["kind"]) >= BATCH:
+        if len(self.waiting) >= BATCH:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa
 
         schema = entry_schema()
-        arrays = [pa.array(self.columns[field.name], field.type) for field in schema]
+        columns = zip(*self.waiting, strict=True)
+        arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
         self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
-        self.columns = {name: [] for name in schema.names}
+        self.waiting = []
 
     def finished(self) -> list[Any]:
-        if self.columns["kind"]:
+        if self.waiting:
             self._flush()
         return self.batches
 
@@ -375,7 +444,8 @@ def entry_schema() -> pa.Schema:
     )
 
 
-def _entry(entry: EpisodeRef | Dropped | None, raw: Path) -> dict[str, Any]:
+def _entry(entry: EpisodeRef | Dropped | None, raw: Path) -> tuple[Any, ...]:
+    """An entry in the order of `entry_schema`, from its kind on."""
     if isinstance(entry, EpisodeRef):
         told = {
             "source_id": entry.source_id,
@@ -388,29 +458,15 @@ def _entry(entry: EpisodeRef | Dropped | None, raw: Path) -> dict[str, Any]:
             "locator": dict(entry.locator),
             "warnings": list(entry.warnings),
         }
-        return {
-            "kind": EPISODE,
-            "source_id": entry.source_id,
-            "split": entry.split,
-            "variant": entry.variant,
-            "frames": entry.frames,
-            "instruction": entry.instruction,
-            "cameras": _cameras_text(entry.cameras),
-            "files": _files_text(entry.files, raw),
-            "odd": bool(entry.warnings),
-            "fields": _json(told),
-        }
-    row = dict.fromkeys(("source_id", "split", "variant", "instruction", "cameras", "files", "fields"), "")
-    row |= {"kind": EMPTY, "frames": 0, "odd": False}
+        facts = (entry.source_id, entry.split, entry.variant, entry.frames, entry.instruction)
+        where = (_cameras_text(entry.cameras), _files_text(entry.files, raw))
+        return (EPISODE, *facts, *where, bool(entry.warnings), _json(told))
+    kind, source_id, fields = EMPTY, "", ""
     if entry is not None:
         fact = entry.to_json()
         del fact["checks"]
-        row |= {
-            "kind": LEFT_OUT,
-            "source_id": entry.source_id,
-            "fields": json.dumps(fact, ensure_ascii=False),
-        }
-    return row
+        kind, source_id, fields = LEFT_OUT, entry.source_id, _json(fact)
+    return (kind, source_id, "", "", 0, "", "", "", False, fields)
 
 
 @lru_cache(maxsize=1024)
@@ -496,39 +552,51 @@ def _files_text(files: Sequence[Path], raw: Path) -> str:
 
 
 def _remembered(
-    cache: Path | None, raw: Path, setting: str
+    files: Sequence[Path], raw: Path, setting: str
 ) -> tuple[dict[str, tuple[int, str]], list[tuple[int, int]], pa.Table]:
     """Earlier scans: recording -> (its place, its files' memo), rows of each, and the table.
 
-    A torn or foreign cache is as good as none.
+    Where several files speak of a recording the last counts. A torn or foreign file is as good as none.
     """
     import pyarrow as pa
 
-    nothing = pa.Table.from_batches([], entry_schema())
-    if cache is None or not cache.is_file():
-        return {}, [], nothing
+    tables: list[pa.Table] = []
+    known: dict[str, tuple[int, str]] = {}
+    spans: list[tuple[int, int]] = []
+    row = 0
+    for path in files:
+        table = _entries_of(path, raw, setting)
+        if table is None:
+            continue
+        tables.append(table)
+        names, memos = shared_texts(table.column("recording")), shared_texts(table.column("memo"))
+        held = None
+        for name, memo in zip(names, memos, strict=True):
+            if name != held:
+                held = name
+                known[name] = (len(spans), memo)
+                spans.append((row, row))
+            spans[-1] = (spans[-1][0], row + 1)
+            row += 1
+    return known, spans, pa.concat_tables(tables) if tables else pa.Table.from_batches([], entry_schema())
+
+
+def _entries_of(path: Path, raw: Path, setting: str) -> pa.Table | None:
+    """One file of an earlier scan of this folder with these settings."""
+    import pyarrow as pa
+
+    if not path.is_file():
+        return None
     try:
-        table = read_columns(cache)
+        table = read_columns(path)
     except (OSError, pa.ArrowInvalid):
-        return {}, [], nothing
+        return None
     meta = table.schema.metadata or {}
     told = {"setting": setting, "raw": str(raw)}
     if any(meta.get(name.encode()) != text.encode() for name, text in told.items()):
-        return {}, [], nothing
+        return None
     table = table.replace_schema_metadata(None)
-    if table.schema != entry_schema():
-        return {}, [], nothing
-    known: dict[str, tuple[int, str]] = {}
-    spans: list[tuple[int, int]] = []
-    names, memos = shared_texts(table.column("recording")), shared_texts(table.column("memo"))
-    held = None
-    for row, (name, memo) in enumerate(zip(names, memos, strict=True)):
-        if name != held:
-            held = name
-            known[name] = (len(spans), memo)
-            spans.append((row, row))
-        spans[-1] = (spans[-1][0], row + 1)
-    return known, spans, table
+    return table if table.schema == entry_schema() else None
 
 
 def _check_unique(source_ids: Iterable[str]) -> None:

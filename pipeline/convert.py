@@ -131,7 +131,7 @@ def convert_all(
     """
     from .plan import plan_convert
 
-    catalog = read_catalog(request, progress)
+    catalog = read_catalog(request, progress, keep=True)
     requests = by_variant(request, catalog)
     if agree is not None and _pixels(catalog.refs, request) > PLANNED_ABOVE_PIXELS:
         agree([plan_convert(each, catalog) for each in requests])
@@ -156,8 +156,8 @@ def by_variant(request: ConvertRequest, catalog: Catalog) -> list[ConvertRequest
     ]
 
 
-def read_catalog(request: ConvertRequest, progress: Progress) -> Catalog:
-    """Scan the raw folder, with what any dataset made from it remembers."""
+def read_catalog(request: ConvertRequest, progress: Progress, keep: bool = False) -> Catalog:
+    """Scan the raw folder, with what any dataset made from it remembers; `keep` what a stop would lose."""
     converter = load_converter(request.source)
     made = [request.out, *sorted(request.out.parent.glob(f"{request.out.name}-*"))]
     caches = [root / "dpipe" / "journal" / SCAN for root in made]
@@ -167,14 +167,18 @@ def read_catalog(request: ConvertRequest, progress: Progress) -> Catalog:
         def executor_for(recordings: int) -> Executor:
             return executors.heavy(recordings) if recordings >= SCANNED_HERE else executors.light()
 
-        return build_catalog(converter, request.raw, request.options, cache, executor_for, progress)
+        # Not within a dataset: which there will be, of recordings of several kinds, a scan has yet to find.
+        pieces = request.out.with_name(f".{request.out.name}.scan")
+        return build_catalog(
+            converter, request.raw, request.options, cache, executor_for, progress, pieces, keep
+        )
 
 
 def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None = None) -> ConvertResult:
     """Run one dataset's conversion to the end, or raise Interrupted with everything finished so far kept."""
     converter = load_converter(request.source)
     embodiment_check(request)
-    catalog = catalog or read_catalog(request, progress)
+    catalog = catalog or read_catalog(request, progress, keep=True)
     catalog = catalog.of(request.variant)
     journal = request.out / "dpipe" / "journal"
     _refuse_foreign(request.out)

@@ -11,13 +11,14 @@ from dpipe.converters import Converter, load_converter
 from dpipe.pipeline import catalog as module
 from dpipe.pipeline import finish
 from dpipe.pipeline.catalog import build_catalog, select
-from dpipe.pipeline.convert import ConvertRequest, convert
+from dpipe.pipeline.convert import ConvertRequest, convert, read_catalog
 from dpipe.pipeline.execute import Executor, StopRequest
 from dpipe.pipeline.precompute import precompute
 from dpipe.pipeline.progress import Progress
 from dpipe.pipeline.receipts import Receipts, load_receipts
 from dpipe.pipeline.statistics import column_statistics, weighted_statistics
 from dpipe.schemas.episode import EpisodeRef
+from dpipe.schemas.errors import Interrupted
 from dpipe.streams.dataset import open_dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,6 +203,59 @@ def test_scans_in_batches_find_the_recording_that_takes_workers_down(tmp_path: P
     )
     assert [d.source_id for d in found.dropped] == ["file4"] and "3 workers" in found.dropped[0].reason
     assert found.refs.source_ids == [f"file{n}/000" for n in range(9) if n != 4]
+
+
+def test_a_stopped_scan_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path: Path, monkeypatch):
+    asked = many(tmp_path)
+    for file in range(9):
+        (asked.raw / f"file{file}.txt").write_text("2")
+    convert(replace(asked, out=tmp_path / "whole"), QUIET)
+
+    class Stopped(Executor):
+        """Out of time after four scans; answers come back in another order than they were asked for."""
+
+        def results(self, tasks=()) -> Iterator:
+            for done, result in enumerate(reversed(list(super().results(tasks)))):
+                if done == 4:
+                    raise Interrupted("stopped by SIGTERM")
+                yield result
+
+    monkeypatch.setattr(module, "PIECE_S", -1.0)  # a piece after every answer
+    kept = tmp_path / ".out.scan"
+    with monkeypatch.context() as until:
+        until.setattr("dpipe.pipeline.convert.Executor", Stopped)
+        with pytest.raises(Interrupted):
+            read_catalog(asked, QUIET)
+        assert not kept.exists()  # a plan writes nothing
+        for pieces in (4, 8):
+            with pytest.raises(Interrupted):
+                convert(asked, QUIET)
+            assert len(list(kept.iterdir())) == pieces
+    torn = sorted(kept.iterdir())[0]
+    torn.write_bytes(torn.read_bytes()[:-5])  # scanned again, no harm
+    log(tmp_path)
+    convert(asked, QUIET)
+    assert sum(line.startswith("scan") for line in log(tmp_path)) == 2
+    assert not kept.exists()
+    assert tree_digest(asked.out) == tree_digest(tmp_path / "whole")
+
+
+def test_what_a_scan_keeps_does_not_depend_on_the_order_in_which_workers_are_done(tmp_path: Path):
+    asked = many(tmp_path)
+    for file in range(9):
+        (asked.raw / f"file{file}.txt").write_text(str(file % 3))
+    converter = load_converter(asked.source)
+
+    class Backwards(Executor):
+        def results(self, tasks=()) -> Iterator:
+            yield from reversed(list(super().results(tasks)))
+
+    for name, kind in (("forwards", Executor), ("backwards", Backwards)):
+        found = build_catalog(
+            converter, asked.raw, asked.options, None, lambda count, kind=kind: kind(StopRequest()), QUIET
+        )
+        found.remember(tmp_path / name)
+    assert (tmp_path / "forwards").read_bytes() == (tmp_path / "backwards").read_bytes()
 
 
 def test_receipts_are_the_same_loose_and_finished(tmp_path: Path):
