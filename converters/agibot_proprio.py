@@ -317,10 +317,8 @@ def gripper_range(state: NDArray[np.float64], command: NDArray[np.float64] | Non
             f"gripper readings of {least:g} to {most:g} fit no known gripper (0 to 120, 35 to 120): "
             "say what they mean with --gripper-range OPEN:CLOSED"
         )
-    if command is None:
-        travelled = least < -0.1 and most - least > 0.3
-    else:
-        travelled = bool((command[:-GRIPPER_DELAY] > 0.5).any())  # told to close, and had the time for it
+    closing = None if command is None else command[:-GRIPPER_DELAY] > 0.5  # told to, and with the time for it
+    travelled = (least < -0.1 and most - least > 0.3) if closing is None else bool(closing.any())
     if most < LEAST_TRAVEL and travelled:
         raise DataError(
             f"gripper readings of {least:g} to {most:g} are no actuator's (0 to 120, 35 to 120), radians perhaps: "

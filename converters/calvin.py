@@ -596,6 +596,9 @@ class Scan:
         if reasons:
             names = tuple(f"{self.split.name}/{self.split.frame_name(frame)}" for frame in blamed[:20])
             remedy = "download these frames again"
+            if pictures.problem and not pictures.cameras and not blamed:
+                wanted = [f"--{name}" for name in ("depth", "tactile") if getattr(self.options, name)]
+                remedy = f"convert without {' and '.join(wanted)}" if wanted else remedy
             if self.options.cut == "play":
                 remedy += "; --cut segment loses only the language windows that hold them"
             return Dropped(cut.source_id, names, "; ".join(reasons), remedy, self.recording.split)

@@ -212,7 +212,7 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
     result: list[EpisodeRef | Dropped] = []
     for demo in demos:
         raw = loaded[demo]
-        problems = raw["problems"] or _check_demo(raw, polarity)
+        problems = raw["problems"] or _check_demo(raw, polarity, kind)
         timing = ""
         if not problems:
             timing, conflict = _timing(raw, kind)
@@ -442,7 +442,7 @@ def _timing(raw: dict[str, Any], kind: str) -> tuple[str, str]:
     )
 
 
-def _check_demo(raw: dict[str, Any], polarity: str) -> list[str]:
+def _check_demo(raw: dict[str, Any], polarity: str, kind: str) -> list[str]:
     """Every problem of one demonstration, from its low-dimensional data and picture shapes."""
     actions = raw["actions"]
     frames = len(actions)
@@ -479,7 +479,8 @@ def _check_demo(raw: dict[str, Any], polarity: str) -> list[str]:
         if not np.allclose(raw["ee_states"], joined, rtol=0, atol=1e-6, equal_nan=True):  # may be float32
             problems.append("'ee_states' is not 'ee_pos' followed by 'ee_ori'")
     robot = raw["robot_states"]
-    if robot is not None and raw["kind_checkable"] and robot.shape[1] == 9:
+    # A regenerated file copies its first robot_states row from the original, which was not simulated again.
+    if robot is not None and kind == "raw" and robot.shape[1] == 9:
         if not np.allclose(robot[:, :2], raw["gripper_states"], atol=1e-6, equal_nan=True):
             problems.append("'robot_states' and 'gripper_states' disagree")
         elif not np.allclose(robot[:, 2:5], raw["ee_pos"], atol=1e-6, equal_nan=True):
@@ -537,8 +538,6 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
             if raw[name] is not None and raw[name].ndim:
                 raw["lengths"][name] = len(raw[name])
         raw["num_samples"] = _count(group.attrs.get("num_samples"))
-        # A regenerated file copies its first robot_states row from the original: comparable only with attributes.
-        raw["kind_checkable"] = raw["num_samples"] is not None
     except (DataError, OSError, ValueError, KeyError, RuntimeError) as error:
         raw["problems"] = [str(error)]
     return raw

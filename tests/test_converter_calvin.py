@@ -572,6 +572,7 @@ def test_depth_asked_for_and_not_there_is_a_reason(tmp_path: Path):
     found = spoil(tmp_path, change, depth=True)
     assert all(isinstance(entry, Dropped) and "no 'depth_static'" in entry.reason for entry in found)
     assert "converts without --depth" in found[0].reason
+    assert isinstance(found[0], Dropped) and found[0].remedy == "convert without --depth"
 
 
 def test_the_converter_is_listed_and_says_what_it_expects(tmp_path: Path):

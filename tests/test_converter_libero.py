@@ -155,6 +155,14 @@ def test_a_raw_file_that_lost_its_attributes_is_still_paired_causally(tmp_path: 
     assert lost or "lost them" in refs[0].warnings[0]
 
 
+def test_the_first_row_a_regenerated_file_copies_is_held_against_nothing(tmp_path: Path):
+    arrays = demo_arrays(5)
+    arrays["robot_states"][0, 2:5] += 0.3
+    write_raw(tmp_path / "libero_goal" / "t_demo.hdf5", {0: arrays}, regenerated=True)
+    (ref,) = scan_all(tmp_path)
+    assert isinstance(ref, EpisodeRef) and ref.frames == 5
+
+
 def test_a_regenerated_file_that_kept_its_attributes_is_not_shifted(tmp_path: Path):
     path = write_suite(tmp_path, demos=2, steps=5)
 
@@ -245,7 +253,12 @@ def test_simulator_states_of_any_width_convert_side_by_side(tmp_path: Path):
         arrays["states"] = np.pad(arrays["states"], ((0, 0), (0, width - 45)))
         write_raw(tmp_path / "libero_10" / f"STUDY_SCENE{number}_t_demo.hdf5", {0: arrays}, regenerated=True)
     refs = scan_all(tmp_path)
-    assert len(refs) == 2 and not any("states" in name for name in read(refs[1], Options()).columns)
+    # One sentence for two scenes: the table of tasks merges them, so the scene is kept beside it.
+    assert [(r.instruction, r.metadata["scene"]) for r in refs] == [
+        ("t", "STUDY_SCENE0"),
+        ("t", "STUDY_SCENE1"),
+    ]
+    assert not any("states" in name for name in read(refs[1], Options()).columns)
 
 
 def test_gripper_meanings():
@@ -442,6 +455,7 @@ def test_real_values_are_the_raw_ones_cast_to_float32(sample_data: Path):
 
 
 def test_embodiment_records_the_choices_made():
+    assert CONVERTER.embodiment(Options(), "").fps == 20  # published copies that say 10 hold the same rows
     said = CONVERTER.embodiment(replace(Options(), gripper="open-one", drop_noops=True), "").conventions
     assert said["gripper_action"] == {"open": 1, "close": 0} and said["time_pairing"] == "causal"
     assert said["image_rotation"] == "rot180" and "openvla-oft" in said["no_ops"]
