@@ -173,7 +173,7 @@ def _targets(space: Workspace, root: Path, dataset: Dataset) -> Iterator[State]:
         elif older := _older_stage(folder, stage):
             yield State("target", name, "stale", f"{older}; {again} under another --name", folder)
         else:
-            yield State("target", name, "complete", f"{len(contents)} episodes", folder)
+            yield State("target", name, "complete", f"{len(dataset)} episodes", folder)
     for base in (root / "dpipe" / "shards", space.targets(root.name) / "shards"):
         for folder in sorted(p for p in base.glob("*") if p.is_dir()):
             yield _shards(root, folder, dataset)
