@@ -22,12 +22,15 @@ BENCHMARKS = (
     "convert_libero",
     "convert_video",
     "convert_calvin",
+    "overhead",
     "memory",
     "precompute",
     "stream",
     "scale",
     "train_wait",
     "doctor",
+    "query",
+    "rearrange",
 )
 
 

@@ -86,7 +86,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--episodes", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one round over 10,000 episodes")
     given = parser.parse_args()
+    if given.quick:
+        given.episodes, given.rounds = 10_000, 1
     with tempfile.TemporaryDirectory() as folder:
         space = Path(folder)
         write_tables(space / "lerobot" / "million", given.episodes)

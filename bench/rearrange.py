@@ -53,7 +53,10 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--doublings", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round over a small dataset")
     given = parser.parse_args()
+    if given.quick:
+        given.doublings, given.rounds = 1, 1
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         root = make(folder, given.doublings)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..schemas.errors import UsageError
+from .completion import complete_dataset
 from .datasets import find_datasets, targets_folder
 from .options import Execution, answer, common
 from .precompute import make_targets, missing_targets
@@ -20,7 +21,9 @@ from .precompute import make_targets, missing_targets
 @click.option("--seeds", default="0,1,2", show_default=True, help="One run a row for each.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps of every run.  [the recipe's own]")
 @click.option("--episodes", type=click.IntRange(1), default=100, show_default=True, help="Judged, a run.")
-@click.option("--dataset", help="Name or folder.  [the workspace's only one]")
+@click.option(
+    "--dataset", shell_complete=complete_dataset, help="Name or folder.  [the workspace's only one]"
+)
 @click.option("--dry-run", is_flag=True, help="List the runs, and stop.")
 @common
 def compare(

@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
+from .completion import complete_dataset
 from .options import common, open_space
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=complete_dataset)
+@click.argument("b", shell_complete=complete_dataset)
 @common
 def diff(a: str, b: str, workspace: Path | None, as_json: bool, **_: Any) -> None:
     """Conventions, counts, statistics and the first differing episode of two datasets; exit 0 same, 1 different.

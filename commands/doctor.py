@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from ..schemas.errors import UsageError
+from .completion import complete_dataset
 from .options import common, open_space
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_dataset)
 @click.option("--fast", is_flag=True, help="Metadata only: seconds for a million episodes.")
 @click.option("--full", is_flag=True, help="Decode every frame.  [some frames of some episodes]")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import UsageError
+from .completion import complete_run
 from .options import answer, common, open_space
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @click.option(
     "--episodes", type=click.IntRange(1), default=200, show_default=True, help="How many, each its own seed."
 )

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from .completion import complete_run
 from .evaluate import find_run
 from .options import answer, common, open_space
 
 
 @click.command("export-policy")
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [RUN/lerobot]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the noise the policy starts from.")
 @common

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from .completion import complete_dataset
 from .options import common, open_space
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_dataset)
 @common
 def info(paths: tuple[str, ...], workspace: Path | None, as_json: bool, **_: Any) -> None:
     """What is this? A dataset, target, shards, run, checkpoint, Zarr tree, workspace, raw recordings or one file.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .completion import complete_dataset
 from .options import answer, common, open_space
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("--episode", type=click.IntRange(0), default=0, show_default=True, help="Its index.")
 @click.option(
     "--bins", type=click.IntRange(2, 256), default=10, show_default=True, help="Coarse bins a dimension."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import DpipeError, UsageError
+from .completion import complete_dataset, complete_stage
 from .convert import default_request, plan_request
 from .datasets import find_datasets, targets_folder, unmade_sources
 from .options import (
@@ -51,9 +52,13 @@ class StageCommand(OwnOptionsCommand):
 
 
 @click.command(cls=StageCommand)
-@click.argument("stages", nargs=-1)
+@click.argument("stages", nargs=-1, shell_complete=complete_stage)
 @click.option(
-    "--dataset", "datasets", multiple=True, help="Name or folder; may be repeated.  [all of the workspace]"
+    "--dataset",
+    "datasets",
+    multiple=True,
+    shell_complete=complete_dataset,
+    help="Name or folder; may be repeated.  [all of the workspace]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Targets folder, where a dataset is not ours.")
 @click.option("--name", default="", help="Name of the target's variant.  [from its options]")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..schemas.errors import UsageError
+from .completion import complete_dataset
 from .options import common, open_space
 
 
@@ -21,7 +22,13 @@ from .options import common, open_space
     help="Form of the answer.  [table; by the ending of --out]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write the answer to.")
-@click.option("--dataset", "datasets", multiple=True, help="Name or folder; may be repeated.  [all]")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    shell_complete=complete_dataset,
+    help="Name or folder; may be repeated.  [all]",
+)
 @click.option("--schema", is_flag=True, help="Tables, columns, units and examples.")
 @common
 def query(

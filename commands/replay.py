@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .completion import complete_dataset
 from .options import answer, common, open_space, show_progress
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("dataset")
+@click.argument("dataset", shell_complete=complete_dataset)
 @click.option("--raw", type=click.Path(path_type=Path), help="Raw folder with tabletop.json.  [raw/SOURCE]")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N episodes.")
 @common

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from .completion import complete_dataset
 from .options import answer, common, open_space
 
 
 @click.command()
-@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@click.argument("paths", nargs=-1, metavar="[PATH]...", shell_complete=complete_dataset)
 @click.option("--out", type=click.Path(path_type=Path), help="Page to write.  [report.html in the workspace]")
 @click.option("--force", is_flag=True, help="Write over a file that is no dpipe report.")
 @common

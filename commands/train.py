@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import UsageError
+from .completion import complete_dataset, complete_recipe
 from .convert import default_request
 from .datasets import find_datasets, targets_folder, unmade_sources
 from .options import (
@@ -51,9 +52,15 @@ class RecipeCommand(OwnOptionsCommand):
 
 
 @click.command(cls=RecipeCommand)
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipe)
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps.  [the recipe's own]")
-@click.option("--dataset", "datasets", multiple=True, help="Name or folder.  [the workspace's only group]")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    shell_complete=complete_dataset,
+    help="Name or folder.  [the workspace's only group]",
+)
 @click.option(
     "--mix",
     type=click.Choice(["unified"]),

@@ -236,7 +236,8 @@ def test_words_are_completed_as_a_shell_would_ask(tmp_path: Path):
 
     assert ask("conv") == ["convert"]
     assert "--where" in ask("select", "mine", "--wh")
-    assert ask("push", "mi") == ["mine"]
+    assert ask("push", "mi") == ask("doctor", "mi") == ask("train", "libra", "--dataset", "mi") == ["mine"]
+    assert ask("precompute", "fo") == ["foresight"] and ask("train", "li") == ["libra"]
 
 
 def test_names_are_completed_from_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
