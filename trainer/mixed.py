@@ -161,6 +161,8 @@ def train_mixed(
             world=world,
             align="unified",
         )
+        if rank == 0:
+            say(f"stream: {stream.describe()}")
         joins = [lambda index, each=each: made.join(resolved, each, index) for each in supervision]
         return MixedBatches(stream.endless(), members, joins if supervision[0].names else [])
 
