@@ -36,6 +36,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 from dpipe.models.towers import open_tower  # noqa: E402
 from dpipe.pipeline import precompute as module  # noqa: E402
+from dpipe.pipeline import target_parts  # noqa: E402
 from dpipe.pipeline.precompute import precompute  # noqa: E402
 from dpipe.pipeline.progress import Progress  # noqa: E402
 from dpipe.schemas.contract import ArraySpec  # noqa: E402
@@ -98,7 +99,7 @@ def with_model(folder: Path, rounds: Rounds, count: int, episodes: int, tower_sp
     options = {"tower": tower_spec, "device": device, "batch": BATCH, "limit": 9.0}
     shutil.rmtree(root / "dpipe" / "targets", ignore_errors=True)
     (made,) = precompute(root, ["foresight"], {"foresight": options})
-    module._OPEN.clear()
+    target_parts._OPEN.clear()
     dataset = open_dataset(root)
     camera = dataset.cameras[0]
     params = Params(**options)
@@ -162,13 +163,13 @@ def without_model(folder: Path, rounds: Rounds, count: int, rows: int) -> None:
 
     def whole() -> int:
         shutil.rmtree(root / "dpipe" / "targets", ignore_errors=True)
-        module._OPEN.clear()
+        target_parts._OPEN.clear()
         (made,) = precompute(root, ["tokens"], options)
         return made.frames
 
     def stage_rate() -> float:
         shutil.rmtree(root / "dpipe" / "targets", ignore_errors=True)
-        module._OPEN.clear()
+        target_parts._OPEN.clear()
         dataset = open_dataset(root)
         jobs = jobs_of(dataset, "tokens", TokenParams(probe="none"), root)
         return timed(lambda: sum(len(module.make_part(job)["receipt"]["episodes"]) * 250 for job in jobs))

@@ -20,7 +20,9 @@ from ..stages import STAGES, DatasetInfo, Stage, build_params, load_stage
 from ..streams.dataset import Dataset, open_dataset
 from ..streams.shard_format import ShardOptions
 from ..streams.shard_writing import encode_frames, plan_shards
-from .precompute import TARGETS, DiskDataset, DiskEpisode, expected_bytes
+from .precompute import TARGETS
+from .stage_view import DiskDataset, DiskEpisode
+from .target_parts import expected_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from dpipe.pipeline import precompute as module
+from dpipe.pipeline import target_parts
 from dpipe.pipeline.precompute import precompute
 from dpipe.schemas.chunks import chunk_index
 from dpipe.schemas.errors import DataError, UsageError
@@ -128,7 +128,7 @@ def test_every_chunk_decodes_to_itself_within_the_rounding(tmp_path):
     root = write_tiny(tmp_path / "set", EPISODES, parts=[2, 2])
     made = make(root)
     assert made.folder.name == "H8-q01q99-v300"
-    saved = module._load_prepared(made.folder, module._read_json(made.folder / "prepared.json"))
+    saved = target_parts.load_prepared(made.folder, target_parts.read_json(made.folder / "prepared.json"))
     targets = open_targets(root, ["fast", "fast:array=is_pad,as=step"])
     for e, (_, frames) in enumerate(EPISODES):
         chunks = normal_chunks(e)
@@ -177,7 +177,7 @@ def test_actions_that_are_no_numbers_have_no_tokens(tmp_path):
 
 def test_tokens_that_spell_no_chunk_are_refused_not_read_as_zeros(tmp_path):
     made = make(write_tiny(tmp_path / "set", EPISODES))
-    saved = module._load_prepared(made.folder, module._read_json(made.folder / "prepared.json"))
+    saved = target_parts.load_prepared(made.folder, target_parts.read_json(made.folder / "prepared.json"))
     with pytest.raises(DataError, match="no action chunk"):
         decode(np.array([0, 1, 2]), Params(chunk=8, vocabulary=300), saved, 4)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from dpipe.models.dct import DctTower
 from dpipe.pipeline import precompute as module
+from dpipe.pipeline import stage_view, target_parts
 from dpipe.pipeline.precompute import precompute
 from dpipe.schemas.contract import FIXED_VIEW
 from dpipe.schemas.errors import DataError, UsageError
@@ -124,7 +125,7 @@ def test_decoding_runs_ahead_across_episodes_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(module.Dataset, "frames", lambda self, *a: (asked.append(a), frames(self, *a))[1])
     params = Params(batch=8, limit=9)
     info = module.DiskDataset(module.open_dataset(root))
-    ahead = module._decode_ahead(info, (module.FrameWish(CAMERA, 1, params.batch),), [0, 1, 2])[CAMERA]
+    ahead = stage_view.decode_ahead(info, (stage_view.FrameWish(CAMERA, 1, params.batch),), [0, 1, 2])[CAMERA]
     info.ahead = {CAMERA: ahead}
     for e, (seed, n) in enumerate(EPISODES):
         seen = np.concatenate(list(info.episode(e).images(CAMERA, np.arange(n), 8)))
@@ -146,7 +147,7 @@ def test_a_damaged_frame_stops_the_stage_with_its_message(tmp_path, monkeypatch)
     shutil.rmtree(made.folder / "parts")
     (made.folder / "contract.json").unlink()
     monkeypatch.setattr(module.Dataset, "frames", damaged)
-    module._OPEN.clear()
+    target_parts._OPEN.clear()
     with pytest.raises(DataError, match="frame 7 of episode 2"):
         make(root)
 
@@ -390,6 +391,6 @@ def test_changed_weights_are_refused_by_name(tmp_path, tiny_dinov2):
         )
     shutil.rmtree(made.folder / "parts")
     (made.folder / "contract.json").unlink()
-    module._OPEN.clear()
+    target_parts._OPEN.clear()
     with pytest.raises(DataError, match="weights have changed"):
         make(root, tower=f"hf:{folder}", image_size=28, batch=16)

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from dpipe.pipeline import precompute as module
+from dpipe.pipeline import target_parts
 from dpipe.pipeline.precompute import precompute, read_index
 from dpipe.schemas.errors import DataError, UsageError
 from dpipe.schemas.normalisers import fit
@@ -211,7 +211,7 @@ def test_changed_weights_stop_a_target_that_was_begun(tmp_path, folder):
     save_file(weights, place / "model.safetensors")
     shutil.rmtree(made.folder / "parts")
     (made.folder / "contract.json").unlink()
-    module._OPEN.clear()
+    target_parts._OPEN.clear()
     with pytest.raises(DataError, match="teacher's weights have changed"):
         make(root, place)
 
