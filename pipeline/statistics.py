@@ -99,7 +99,7 @@ class FrameHistogram:
         for colour in range(3):  # one at a time: numpy gathers pixels of three bytes twice as slowly
             levels = thin[..., colour][wanted]
             self.counts[colour] += np.bincount(levels.ravel(), minlength=256)
-        self.frames += len(thin[wanted])
+        self.frames += len(np.arange(len(frames))[wanted])
 
     def statistics(self) -> dict[str, Any]:
         return histogram_statistics(self.counts, self.frames)
