@@ -32,8 +32,8 @@ from ..schemas.noise import flow_noise, frame_seeds, noised, random_bits, shifte
 from ..schemas.normalisers import Normaliser
 from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared, Run, Stage, TargetReader
 from .actions import STATE
-from .teacher import check_weights, checked_float16
-from .windows import finite_state, frame_wishes, read_sizes, renamed, window_batches
+from .frozen import cameras_of, check_weights, checked_float16, short_name
+from .windows import finite_state, frame_wishes, window_batches
 
 
 class PrivilegedBase(Protocol):
@@ -123,15 +123,13 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
 
     def prepare(params: Params, dataset: DatasetView) -> Prepared:
         base = opened(params)
-        names = renamed(base.cameras, params.rename)
-        for camera in names:
-            dataset.info.camera(camera)
+        names, sizes = cameras_of(base, params.rename, dataset.info)
         told = base.describe()
         return Prepared(
             facts={
                 "base": told,
                 "cameras": list(names),
-                "read_sizes": read_sizes(base.frame_size, dataset.info.cameras, names),
+                "read_sizes": sizes,
                 "chunk": base.chunk,
                 "future": list(base.future),
                 "normaliser": base.action.to_json(),
@@ -154,8 +152,7 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
     def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
         base = opened(params)
         check_weights(base.describe(), base.digest, prepared.contract["weights"], "base policy")
-        names = renamed(base.cameras, params.rename)
-        sizes = read_sizes(base.frame_size, info.cameras, names)
+        names, sizes = cameras_of(base, params.rename, info)
 
         def run(episode: EpisodeView) -> Iterator[Block]:
             normal = base.action.normalise(episode.columns([params.column])[params.column])
@@ -213,10 +210,7 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
 
 
 def variant(params: Params, info: DatasetInfo) -> str:
-    kind, _, place = params.base.partition(":")
-    folder = Path(place)
-    name = folder.parent.name if folder.name == "policy" else folder.name
-    return "-".join(filter(None, [kind, name.lower(), f"draws{params.draws}"]))
+    return "-".join(filter(None, [short_name(params.base), f"draws{params.draws}"]))
 
 
 def makes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[ArraySpec, ...]:

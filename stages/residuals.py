@@ -34,9 +34,9 @@ from ..schemas.folds import fold_of
 from ..schemas.noise import frame_seeds
 from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared, Run, Stage, TargetReader
 from .actions import STATE
+from .frozen import cameras_of, check_weights, checked_float16, short_name
 from .gripper import MARGIN, gripper_target, probability
-from .teacher import check_weights, checked_float16
-from .windows import finite_state, frame_wishes, read_sizes, renamed, window_batches
+from .windows import finite_state, frame_wishes, window_batches
 
 if TYPE_CHECKING:
     from ..models.policies import AnchorPolicy
@@ -92,10 +92,10 @@ def open_named(params: Params) -> list[AnchorPolicy]:
 
 
 def variant(params: Params, info: DatasetInfo) -> str:
-    kind, _, place = (params.anchor[0] if params.anchor else "").partition(":")
-    folder = Path(place)
-    name = folder.parent.name if folder.name == "policy" else folder.name
-    parts = [kind, name.lower(), f"K{params.chunk}" if params.chunk else ""]
+    parts = [
+        short_name(params.anchor[0] if params.anchor else ""),
+        f"K{params.chunk}" if params.chunk else "",
+    ]
     parts += [f"folds{len(params.anchor)}" if len(params.anchor) > 1 else ""]
     parts += [f"draws{params.draws}" if params.draws > 1 else ""]
     return "-".join(filter(None, parts))
@@ -139,9 +139,7 @@ def residual_arrays(
 def prepare(params: Params, dataset: DatasetView) -> Prepared:
     anchors = open_named(params)
     anchor = anchors[0]
-    names = renamed(anchor.cameras, params.rename)
-    for camera in names:
-        dataset.info.camera(camera)
+    names, sizes = cameras_of(anchor, params.rename, dataset.info)
     chunk = params.chunk or anchor.chunk
     if chunk > anchor.chunk:
         raise UsageError(f"--chunk {chunk} is longer than the anchor's own of {anchor.chunk}")
@@ -159,7 +157,7 @@ def prepare(params: Params, dataset: DatasetView) -> Prepared:
     facts: dict[str, Any] = {
         "anchors": told,
         "cameras": list(names),
-        "read_sizes": read_sizes(anchor.frame_size, dataset.info.cameras, names),
+        "read_sizes": sizes,
         "chunk": chunk,
         "arm_dims": [d for d in range(anchor.action.dim) if d not in anchor.grippers],
         "gripper_dims": list(anchor.grippers),
@@ -167,7 +165,7 @@ def prepare(params: Params, dataset: DatasetView) -> Prepared:
         "stochastic": stochastic,
     }
     if stochastic:
-        facts["noise"] = _noise_share(params, dataset, anchors, names, chunk)
+        facts["noise"] = _noise_share(params, dataset, anchors, names, sizes, chunk)
     weights = [str(one.get("weights", other.digest)) for one, other in zip(told, anchors, strict=True)]
     return Prepared(
         facts=facts,
@@ -209,8 +207,8 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
     anchors = open_named(params)
     for anchor, wanted in zip(anchors, prepared.contract["weights"].split(","), strict=True):
         check_weights(anchor.describe(), anchor.digest, wanted, "anchor")
-    names, chunk = renamed(anchors[0].cameras, params.rename), int(prepared.facts["chunk"])
-    sizes = read_sizes(anchors[0].frame_size, info.cameras, names)
+    names, sizes = cameras_of(anchors[0], params.rename, info)
+    chunk = int(prepared.facts["chunk"])
 
     def run(episode: EpisodeView) -> Iterator[Block]:
         anchor = anchors[fold_of(episode.content, len(anchors))]
@@ -257,11 +255,15 @@ def anchor_chunks(
 
 
 def _noise_share(
-    params: Params, dataset: DatasetView, anchors: list[AnchorPolicy], names: dict[str, str], chunk: int
+    params: Params,
+    dataset: DatasetView,
+    anchors: list[AnchorPolicy],
+    names: dict[str, str],
+    sizes: Mapping[str, tuple[int, int] | None],
+    chunk: int,
 ) -> dict[str, Any]:
     """How much of the residual's variance lies between draws of one frame: on a pilot of frames."""
     between, spread = [], []
-    sizes = read_sizes(anchors[0].frame_size, dataset.info.cameras, names)
     per_episode = max(1, PILOT_FRAMES // min(len(dataset), 8))
     for position in np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), 8)).astype(int)):
         episode = dataset.episode(int(position))

@@ -16,7 +16,7 @@ Source: Seer (window S, 3 action queries, post-LayerNorm output), VITA-VLA Sec 3
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +28,13 @@ from ..schemas.contract import FIXED_VIEW, ArraySpec, digest_of
 from ..schemas.errors import DataError, UsageError
 from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared, Run, Stage, TargetReader
 from .actions import STATE
+from .frozen import cameras_of, check_weights, checked_float16, short_name
 from .windows import (
     finite_state,
     frame_wishes,
     full_windows,
     label_mask,
     last_windows,
-    read_sizes,
-    renamed,
     window_batches,
 )
 
@@ -79,19 +78,13 @@ def open_named(params: Params) -> Teacher:
 
 
 def variant(params: Params, info: DatasetInfo) -> str:
-    kind, _, place = params.teacher.partition(":")
-    folder = Path(place)
-    name = folder.parent.name if folder.name == "policy" else folder.name
-    return "-".join(
-        filter(None, [kind, name.lower(), params.mode, f"every{params.stride}" * (params.stride > 1)])
-    )
+    words = [short_name(params.teacher), params.mode, f"every{params.stride}" * (params.stride > 1)]
+    return "-".join(filter(None, words))
 
 
 def prepare(params: Params, dataset: DatasetView) -> Prepared:
     teacher = open_named(params)
-    names = renamed(teacher.cameras, params.rename)
-    for camera in names:
-        dataset.info.camera(camera)
+    names, sizes = cameras_of(teacher, params.rename, dataset.info)
     told = teacher.describe()
     facts = {
         "teacher": told,
@@ -101,9 +94,9 @@ def prepare(params: Params, dataset: DatasetView) -> Prepared:
         "width": teacher.width,
         "grippers": list(teacher.grippers),
         "normaliser": teacher.action.to_json(),
-        "read_sizes": read_sizes(teacher.frame_size, dataset.info.cameras, names),
+        "read_sizes": sizes,
         "decodes": _decodes(teacher),
-        "causality_error": causality_error(teacher, dataset, names, params.batch),
+        "causality_error": causality_error(teacher, dataset, names, sizes, params.batch),
         "augmentation": "off",
     }
     return Prepared(
@@ -132,7 +125,13 @@ def _decodes(teacher: Teacher) -> bool:
     return True
 
 
-def causality_error(teacher: Teacher, dataset: DatasetView, names: dict[str, str], batch: int) -> float:
+def causality_error(
+    teacher: Teacher,
+    dataset: DatasetView,
+    names: dict[str, str],
+    sizes: Mapping[str, tuple[int, int] | None],
+    batch: int,
+) -> float:
     """Largest change of step 0 when the later frames of a window are blanked; refused above 1e-4.
 
     `last` reads short histories from windows whose later steps repeat, which is sound only if they are unseen.
@@ -141,7 +140,6 @@ def causality_error(teacher: Teacher, dataset: DatasetView, names: dict[str, str
     if teacher.window == 1 or episode.frames < teacher.window:
         return 0.0
     index, _ = full_windows(teacher.window, teacher.window, 1)
-    sizes = read_sizes(teacher.frame_size, dataset.info.cameras, names)
     _, images = next(window_batches(episode, list(names), index, max(batch, teacher.window), names, sizes))
     state = finite_state(episode.columns([STATE])[STATE])[0][index]
     whole = teacher.hidden(images, state, [episode.text])
@@ -182,8 +180,7 @@ def makes(params: Params, info: DatasetInfo, prepared: Prepared) -> tuple[ArrayS
 def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
     teacher = open_named(params)
     check_weights(teacher.describe(), teacher.digest, prepared.contract["weights"], "teacher")
-    names = renamed(teacher.cameras, params.rename)
-    sizes = read_sizes(teacher.frame_size, info.cameras, names)
+    names, sizes = cameras_of(teacher, params.rename, info)
     decodes = prepared.facts["decodes"]
 
     def run(episode: EpisodeView) -> Iterator[Block]:
@@ -220,25 +217,6 @@ def open_run(params: Params, info: DatasetInfo, prepared: Prepared) -> Run:
             yield block
 
     return run
-
-
-def checked_float16(values: NDArray[np.floating]) -> NDArray[np.float16]:
-    if np.abs(values).max(initial=0) > 6e4:
-        raise DataError(
-            f"a hidden state of {np.abs(values).max():.3g} does not fit float16\n"
-            "  The layer taken is not normalised; choose a teacher whose action tokens are."
-        )
-    return values.astype(np.float16)
-
-
-def check_weights(told: dict[str, Any], digest: str, wanted: str, what: str) -> None:
-    """The weights a target was begun with are the weights it is finished with."""
-    found = str(told.get("weights", digest))
-    if found != wanted:
-        raise DataError(
-            f"the {what}'s weights have changed: {found}, the target was made with {wanted}\n"
-            "  Put the old ones back, or make another target with --name NEW."
-        )
 
 
 def report(
