@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..schemas.errors import DpipeError, UsageError
+from . import load_command
 from .completion import complete_dataset, complete_stage
 from .convert import default_request, plan_request
 from .datasets import find_datasets, targets_folder, unmade_sources
@@ -238,10 +239,8 @@ def _train_policies(
         option, recipe = POLICIES.get(stage, ("", ""))
         if not option or params.get(stage, {}).get(option) or _embedded(how.space, root, stage):
             continue
-        from .train import train
-
         click.echo(f"first: dpipe train {recipe} --dataset {root.name}", err=True)
-        train.main([recipe, "--dataset", str(root), *how.words()], standalone_mode=False)
+        load_command("train").main([recipe, "--dataset", str(root), *how.words()], standalone_mode=False)
 
 
 # --- the list -----------------------------------------------------------------------------------------------
