@@ -3,9 +3,9 @@
     python bench/soak_bytes.py [--count 1000] [--seed 0] [--seconds S] [--kinds NAME ...]
 
 Counts stay in bench/out/soak_bytes.json, and a run goes on where the last one of the same seed stopped, or ran out
-of its seconds; runs over different kinds may go side by side. A batch is a process of its own: one that dies
-counts as a crash. Exit 1 when anything crashed, hung, took a gigabyte,
-or was called sound although a digest says otherwise.
+of its seconds; kinds take turns, so that such a run has looked at all of them; runs over different kinds may go side
+by side. A batch is a process of its own: one that dies counts as a crash. Exit 1 when anything crashed, hung, took a
+gigabyte, or was called sound although a digest says otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from corruption import KINDS
 from measure import OUT, machine
 
 RESULT = OUT / "soak_bytes.json"
-BATCH = 500
+BATCH = 250
 MOST_MB = 1024
 
 
@@ -54,13 +54,13 @@ def main() -> int:
     OUT.mkdir(exist_ok=True)
     until = time.monotonic() + given.seconds if given.seconds else float("inf")
     with tempfile.TemporaryDirectory(prefix="dpipe-bytes-") as folder:
-        for kind in KINDS:
-            if kind.name not in given.kinds:
-                continue
-            fresh = {"done": 0, "counts": {}, "slowest_s": 0.0, "peak_mb": 0}
-            entry = known_kinds(given.seed).get(kind.name, fresh)
-            while entry["done"] < given.count and time.monotonic() < until:
-                batch = min(BATCH, given.count - entry["done"])
+        for upto in range(BATCH, given.count + BATCH, BATCH):
+            for kind in (kind for kind in KINDS if kind.name in given.kinds):
+                fresh = {"done": 0, "counts": {}, "slowest_s": 0.0, "peak_mb": 0}
+                entry = known_kinds(given.seed).get(kind.name, fresh)
+                batch = min(upto, given.count) - entry["done"]
+                if batch <= 0 or time.monotonic() > until:
+                    continue
                 found = run_batch(Path(folder), kind.name, entry["done"], batch, given.seed)
                 for name, number in found["counts"].items():
                     entry["counts"][name] = entry["counts"].get(name, 0) + number
@@ -68,7 +68,7 @@ def main() -> int:
                 entry["slowest_s"] = max(entry["slowest_s"], found["slowest_s"])
                 entry["peak_mb"] = max(entry["peak_mb"], found["peak_mb"])
                 save(kind.name, entry, given.seed)
-            print(f"{kind.name}: {entry['counts']}, slowest {entry['slowest_s']} s", flush=True)
+                print(f"{kind.name}: {entry['done']}, {entry['counts']}", flush=True)
     kinds = known_kinds(given.seed)
     bad = {name: entry for name, entry in kinds.items() if faults(entry)}
     print(
