@@ -184,7 +184,13 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
     attributes = _attributes(data)
     problem = _json(attributes.get("problem_info"))
     bddl_instruction = text_of(problem.get("language_instruction"))
-    misplaced = _suite_problem(suite, text_of(problem.get("problem_name")))
+    scene = text_of(problem.get("problem_name")) or re.sub(r"_SCENE\d+$", "", _scene(stem))
+    misplaced = _suite_problem(suite, scene)
+    # Paths in released files are not to be trusted, unless they name this very task.
+    bddl = Path(text_of(attributes.get("bddl_file_name")))
+    elsewhere = bddl.parent.name if {bddl.parent.name, suite} <= SCENES.keys() else suite
+    if not misplaced and elsewhere != suite and bddl.stem == stem.removesuffix("_demo"):
+        misplaced = f"wrong suite folder: the file is in '{suite}', its bddl file in '{elsewhere}'"
     if misplaced:
         remedy = "move the file to its suite's folder"
         return [*(_dropped(recording, demo, misplaced, remedy) for demo in demos)]
@@ -193,6 +199,8 @@ def _scan_file(file: h5py.File, recording: Recording, options: Options) -> list[
     notes: list[str] = []
     if bddl_instruction and bddl_instruction != instruction:
         notes.append(f"file name says '{instruction}', bddl says '{bddl_instruction}'; the file name is used")
+    if elsewhere != suite:
+        notes.append(f"bddl_file_name says {elsewhere}, the folder {suite}: the folder is used")
     declared = _count(attributes.get("num_demos"))
     if declared is not None and declared != len(demos):
         notes.append(f"attribute num_demos is {declared}, the file holds {len(demos)} demonstrations")

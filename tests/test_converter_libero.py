@@ -417,6 +417,26 @@ def test_a_file_in_the_wrong_suite_folder_is_left_out(tmp_path: Path):
     assert "wrong suite folder: 'libero_object' holds floor scenes, this file is 'tabletop'" in reasons[1]
 
 
+def test_a_file_without_attributes_tells_its_scene_by_its_name(tmp_path: Path):
+    for suite in ("libero_goal", "libero_90"):
+        write_raw(tmp_path / suite / "KITCHEN_SCENE3_t_demo.hdf5", {0: demo_arrays(5)}, regenerated=True)
+    (dropped,) = only(scan_all(tmp_path), Dropped)
+    assert "'libero_goal' holds tabletop scenes, this file is 'kitchen'" in dropped.reason
+
+
+def test_a_bddl_path_of_another_suite_is_noted_and_not_believed(tmp_path: Path):
+    path = write_suite(tmp_path, demos=1)
+    for said, noted in (("libero_spatial/x.bddl", True), ("chiliocosm/bddl_files/libero_100/x.bddl", False)):
+        edit(path, lambda file, said=said: file["data"].attrs.__setitem__("bddl_file_name", said))
+        (ref,) = scan_all(tmp_path)
+        assert ref.metadata["suite"] == "libero_goal"
+        assert any("bddl_file_name says" in note for note in ref.warnings) == noted
+    itself = np.bytes_(f"libero/libero/bddl_files/libero_spatial/{GOAL_TASK}.bddl")
+    edit(path, lambda file: file["data"].attrs.__setitem__("bddl_file_name", itself))
+    (dropped,) = scan_all(tmp_path)
+    assert "wrong suite folder" in dropped.reason and "'libero_spatial'" in dropped.reason
+
+
 def test_links_out_of_the_file_are_refused(tmp_path: Path):
     secret = tmp_path / "secret.h5"
     with h5py.File(secret, "w") as file:
