@@ -4,6 +4,8 @@ Raw tree     a dataset folder (meta/info.json, data/, videos/), or a folder of s
 Rows         found by their `episode_index` and checked against the episode table; an episode the two disagree
              about is left out. Vectors are lists of any Arrow kind; statistics are not needed.
 Cameras      video, whose packets are copied where an episode is whole groups of pictures; or images in the rows
+Names        `actions` and `state` without their counterpart (openpi's converters) become `action` and
+             `observation.state`, by which policies know them
 Tasks        the sentence of the first frame is the instruction; where it changes, every stretch is a segment
 Conventions  unknown, so "as recorded", except in datasets of ours, whose manifest comes along
 Source       huggingface/lerobot 0.6.1, `datasets/`
@@ -15,7 +17,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +51,7 @@ from .lerobot_files import (
 )
 from .words import text_of
 
+POLICY_NAMES = {"actions": "action", "state": "observation.state"}
 LATE_S = 1e-3  # time stamps further than this from frame / fps are worth a word
 PICTURES = ("PNG", "JPEG", "TIFF", "WEBP")
 
@@ -66,6 +69,12 @@ def _without(options: Options) -> set[str]:
 
 def _features(source: Source, options: Options) -> list[Feature]:
     return [feature for feature in source.features if feature.name not in _without(options)]
+
+
+def _renamed(source: Source, options: Options) -> dict[str, str]:
+    """Column -> the name a policy looks for, where the dataset has nothing of that name."""
+    there = {feature.name for feature in _features(source, options)}
+    return {old: new for old, new in POLICY_NAMES.items() if old in there and new not in there}
 
 
 def _cameras(source: Source, options: Options) -> list[Camera]:
@@ -246,6 +255,7 @@ def _scan_episode(
     instruction, segments = _sentences(source, row, found.tasks, notes)
     if row == 0:
         notes += [f"left out of the dataset: {entry}" for entry in source.left_out]
+        notes += [f"column '{old}' is called '{new}' here" for old, new in _renamed(source, options).items()]
     metadata: dict[str, Any] = {"episode_index": number}
     if source.source_id[row]:
         metadata["recorded_as"] = source.source_id[row]
@@ -339,7 +349,9 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
     root = data.parents[where["up"]]
     source = open_source(root)
     rows = range(*where["rows"])
-    columns = _read_columns(data, rows, _features(source, options))
+    renamed = _renamed(source, options)
+    found = _read_columns(data, rows, _features(source, options))
+    columns = {renamed.get(name, name): values for name, values in found.items()}
     if source.sidecar:
         columns |= _read_columns(source.sidecar_path(where["row"]), rows, source.sidecar)
     cameras: dict[str, FrameSource | VideoClip] = {}
@@ -441,12 +453,15 @@ def describe(raw: Path, options: Options, variant: str) -> Embodiment:
     left_out = [entry.partition(":")[0] for entry in source.left_out] + sorted(_without(options))
     if left_out:
         conventions["left_out"] = left_out
+    renamed = _renamed(source, options)
+    if renamed:
+        conventions["renamed"] = renamed
     return Embodiment(
         name=str(body.get("name") or (robot if robot != "unknown" else source.root.name)),
         robot_type=robot,
         fps=source.fps,
         fps_origin=str(body.get("fps_origin") or f"fps in the {source.version} dataset's meta/info.json"),
-        features=tuple(_features(source, options)),
+        features=tuple(replace(f, name=renamed.get(f.name, f.name)) for f in _features(source, options)),
         sidecar=source.sidecar,
         conventions=conventions,
         licence=str(source.manifest.get("licence") or _card_licence(source.root)),
@@ -466,7 +481,7 @@ def _card_licence(root: Path) -> str:
 
 CONVERTER = Converter(
     name="lerobot",
-    version=1,
+    version=2,
     Options=Options,
     find=find,
     scan=scan,

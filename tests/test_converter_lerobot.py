@@ -204,6 +204,29 @@ def test_names_are_flat_and_one_a_dimension():
     assert dimension_names(None, "next.reward", 1) == ("next_reward",)
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_state_and_actions_as_openpi_calls_them_become_what_policies_look_for(tmp_path: Path, both: bool):
+    """Version 2.0, pictures in the rows, no prefix: how the published LIBERO and CALVIN copies look."""
+    raw = write_v21(tmp_path / "raw", [4, 5], kind="image", version="v2.0")
+    names = {"observation.images.image": "wrist_image", "observation.state": "state", "action": "actions"}
+    for path in sorted((raw / "data").rglob("*.parquet")):
+        table = pq.read_table(path)
+        plain = table.rename_columns([names.get(name, name) for name in table.column_names])
+        pq.write_table(plain.append_column("action", table["action"]) if both else plain, path)
+    told = json.loads((raw / "meta/info.json").read_text())["features"]
+    features = {names.get(name, name): feature for name, feature in told.items()}
+    edit_info(raw, features=features | ({"action": told["action"]} if both else {}))
+    run_convert(raw, tmp_path / "out", "lerobot")
+    dataset = open_dataset(tmp_path / "out")
+    expected = {"observation.state", "action"} | ({"actions"} if both else set())
+    assert expected <= set(dataset.info["features"]) and "state" not in dataset.info["features"]
+    assert "observation.images.wrist_image" in dataset.info["features"]
+    stored = np.stack(pq.read_table(raw / "data/chunk-000/episode_000001.parquet")["actions"].to_numpy())
+    assert np.array_equal(dataset.columns(["action"], 1)["action"], stored)
+    renamed = dataset.manifest["conventions"]["renamed"]
+    assert renamed == {"state": "observation.state"} | ({} if both else {"actions": "action"})
+
+
 def test_more_dimensions_are_flattened_in_c_order(tmp_path: Path):
     raw = write_dataset(tmp_path / "raw", [4], kind="none")
     edit_table(
