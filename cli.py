@@ -6,8 +6,10 @@ Results go to stdout, progress to stderr. Exit codes: 0 done; 1 the data or the 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -54,31 +56,34 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
-        click.echo("stopped", err=True)
-        sys.exit(75)
+        _end("stopped", 75)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        if isinstance(error, click.exceptions.NoSuchOption | click.UsageError) and error.ctx:
-            click.echo(error.ctx.get_usage(), err=True)
-        click.echo(f"error: {error.format_message()}", err=True)
-        sys.exit(2)
+        usage = error.ctx.get_usage() + "\n" if isinstance(error, click.UsageError) and error.ctx else ""
+        _end(f"{usage}error: {error.format_message()}", 2)
     except DpipeError as error:
         if debug:
             raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _end(f"error: {error}", error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
         if debug:
             raise
-        click.echo(
+        _end(
             f"error: {type(error).__name__}: {error}\n"
             "  This is a fault of dpipe; run again with --debug for the traceback.",
-            err=True,
+            1,
         )
-        sys.exit(1)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    """The last word on stderr: a line of text, or with --json the last event."""
+    if "--json" in sys.argv:
+        text = json.dumps({"event": "end of run", "text": text, "exit_code": code}, ensure_ascii=False)
+    click.echo(text, err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -337,10 +337,11 @@ def _write_output(request: OutputRequest, yes: bool, as_json: bool) -> None:
 
 
 def _show_conversion(source: str, result: ConvertResult, as_json: bool) -> None:
+    progress = show_progress(as_json)
     for note in result.warnings:
-        click.echo(f"note: {note}", err=True)
+        progress.say(f"note: {note}")
     for drop in result.dropped[:20]:
-        click.echo(f"left out: {drop.source_id}: {drop.reason}", err=True)
+        progress.say(f"left out: {drop.source_id}: {drop.reason}")
     if not result.finished:
         text = f"{source}: this job's share is done, {result.episodes} episodes encoded; then:  dpipe finish {source}"
         answer({"dataset": str(result.root), "encoded": result.encoded, "finished": False}, text, as_json)

@@ -83,6 +83,26 @@ def stop_requests(max_time_s: float | None) -> Iterator[StopRequest]:
             signal.signal(name, handler)
 
 
+@contextmanager
+def _unheard(*signals: signal.Signals) -> Iterator[None]:
+    """Threads and processes that begin within never hear these signals; this thread does again afterwards.
+
+    Ctrl-C on a terminal and some batch systems signal every process of a job: workers are to finish what they do.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    resource_tracker.ensure_running()  # else a thread's first process starts it, which lets SIGINT through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Executor:
     """Runs tasks here, one after the other: `--workers 0`, and the base of the Dask one.
 
@@ -160,15 +180,16 @@ class DaskExecutor(Executor):
                 raise UsageError(f"no Dask scheduler answers at {self.scheduler}: {error}") from error
             self.workers = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
         else:
-            self.cluster = LocalCluster(
-                n_workers=self.workers,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                memory_limit=0,  # our tasks bound their own memory; Dask's limit restarts workers instead
-                silence_logs=50,
-            )
+            with _unheard(signal.SIGINT, signal.SIGUSR1):
+                self.cluster = LocalCluster(
+                    n_workers=self.workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                    memory_limit=0,  # our tasks bound their own memory; Dask's limit restarts workers instead
+                    silence_logs=50,
+                )
             self.client = Client(self.cluster, set_as_default=False)
         return self
 

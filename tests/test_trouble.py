@@ -133,18 +133,29 @@ def test_bytes_do_not_depend_on_one_two_or_four_workers_or_on_parts(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_sigusr1_drains_two_workers_within_a_minute(tmp_path: Path):
-    write_suite(tmp_path / "raw", demos=40, steps=40, side=128)
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("way", ["SIGINT", "SIGUSR1", "SIGTERM", "--max-time"])
+def test_a_request_to_stop_is_met_within_a_minute_and_told_in_events(tmp_path: Path, way: str):
+    """Ctrl-C and batch systems signal every process of a job; SIGTERM goes to the command alone."""
+    write_suite(tmp_path / "raw", demos=60, steps=60, side=128)
     words = ["convert", "libero", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--workers", "2"]
-    run = subprocess.Popen([DPIPE, *map(str, words), "--name", "set"], stderr=subprocess.PIPE, text=True)
+    words += ["--name", "set", "--json", *(["--max-time", "1"] if way == "--max-time" else [])]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run = subprocess.Popen([DPIPE, *map(str, words)], **pipes, text=True, start_new_session=True)
     spool = tmp_path / "out" / "dpipe" / "spool"
-    deadline = time.monotonic() + 60
-    while not (spool.is_dir() and any(spool.iterdir())) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 90
+    while way != "--max-time" and not any(spool.glob("*.episode")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    run.send_signal(signal.SIGUSR1)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 75 and "stopped by SIGUSR1; run the same command again" in said, said
+    if way == "SIGTERM":
+        run.send_signal(signal.SIGTERM)
+    elif way != "--max-time":
+        os.killpg(run.pid, getattr(signal, way))
+    out, said = run.communicate(timeout=60)
+    events = [json.loads(line) for line in said.splitlines()]  # nothing else, no traceback of a worker
+    assert run.returncode == 75 == events[-1]["exit_code"], events
+    assert f"stopped by {way}" in events[-1]["text"] and "run the same command again" in events[-1]["text"]
+    assert not out and (way == "--max-time" or {"begin", "message"} <= {event["event"] for event in events})
+    assert not (tmp_path / "out" / "meta").exists()
 
 
 # --- disks ----------------------------------------------------------------------------------------------------
