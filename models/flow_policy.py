@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..schemas.errors import UsageError
-from ..schemas.noise import flow_noise
+from ..schemas.noise import NoisyChunks, flow_noise
 from ..schemas.normalisers import Normaliser
 from .blocks import Block, ObservationEncoder, TimeEmbedding, text_ids, to_pixels
 from .dct import GRID, DctTower
@@ -176,10 +176,7 @@ class EmbeddedFlow:
         future: Mapping[str, NDArray[np.uint8]],
         state: NDArray[Any],
         texts: Sequence[str],
-        noisy: NDArray[np.float32],
-        times: NDArray[np.float32],
-        video_times: NDArray[np.float32],
-        video_seeds: NDArray[np.uint64],
+        noisy: NoisyChunks,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """See `PrivilegedBase`: v_base and v_teacher, each [B, k, K, A]; a frame is encoded once for all draws."""
         network, device = self.network, self._device
@@ -192,19 +189,18 @@ class EmbeddedFlow:
             robot = tensor(np.asarray(state, dtype=np.float32))
             seen = network.encoder(frames, robot, text_ids(texts).to(device))
             raw = network.standardise(network.latents_of([tensor(future[camera]) for camera in self.cameras]))
-            batch, draws = times.shape
-            noise = tensor(flow_noise(video_seeds.reshape(-1), *self.config.latent_shape))
-            video_u = tensor(video_times.reshape(-1))
+            batch, draws = noisy.u.shape
+            noise = tensor(flow_noise(noisy.video_seed.reshape(-1), *self.config.latent_shape))
+            video_u = tensor(noisy.video_u.reshape(-1))
             level = shifted_sigma(video_u)[:, None, None]
             latents = (1 - level) * raw.repeat_interleave(draws, 0) + level * noise
-            x, u = tensor(noisy.reshape(batch * draws, *noisy.shape[2:])), tensor(times.reshape(-1))
+            x, u = tensor(noisy.x.reshape(batch * draws, *noisy.x.shape[2:])), tensor(noisy.u.reshape(-1))
             args = seen.repeat_interleave(draws, 0), x, u, latents, video_u
             visible = torch.zeros(batch * draws, dtype=torch.bool, device=device)
             base, _ = network(*args, visible)
             teacher, _ = network(*args, ~visible)
-        return base.float().cpu().numpy().reshape(noisy.shape), teacher.float().cpu().numpy().reshape(
-            noisy.shape
-        )
+        shape = noisy.x.shape
+        return base.float().cpu().numpy().reshape(shape), teacher.float().cpu().numpy().reshape(shape)
 
 
 def save_flow(folder: Path, network: FlowPolicy, action: Normaliser, training: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (20
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,3 +75,13 @@ def noised(
     """x = (1 - sigma) a + sigma eps for chunks [..., H, A] and levels [...]; what is predicted is eps - a."""
     level = np.asarray(sigma, dtype=np.float64)[..., None, None]
     return ((1 - level) * action + level * noise).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class NoisyChunks:
+    """k draws for each of B frames, as a flow policy is asked about them."""
+
+    x: NDArray[np.float32]  # [B, k, H, A], normalised
+    u: NDArray[np.float32]  # [B, k], the action's time
+    video_u: NDArray[np.float32]  # [B, k], the time of the future frames
+    video_seed: Seeds  # [B, k], their noise

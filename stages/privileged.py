@@ -28,7 +28,16 @@ from numpy.typing import NDArray
 from ..schemas.chunks import chunk_index
 from ..schemas.contract import FIXED_VIEW, ArraySpec, digest_of
 from ..schemas.errors import UsageError
-from ..schemas.noise import flow_noise, frame_seeds, noised, random_bits, shifted_sigma, stratified, uniform
+from ..schemas.noise import (
+    NoisyChunks,
+    flow_noise,
+    frame_seeds,
+    noised,
+    random_bits,
+    shifted_sigma,
+    stratified,
+    uniform,
+)
 from ..schemas.normalisers import Normaliser
 from . import Block, DatasetInfo, DatasetView, EpisodeView, FrameWish, Prepared, Run, Stage, TargetReader
 from .actions import STATE
@@ -56,13 +65,9 @@ class PrivilegedBase(Protocol):
         future: Mapping[str, NDArray[np.uint8]],
         state: NDArray[Any],
         texts: Sequence[str],
-        noisy: NDArray[np.float32],
-        times: NDArray[np.float32],
-        video_times: NDArray[np.float32],
-        video_seeds: NDArray[np.uint64],
+        noisy: NoisyChunks,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """[B, H, W, 3] and [B, F, H, W, 3] per camera, [B, D]; for each of k draws x [B, k, K, A], u [B, k]
-        twice, seeds [B, k] -> v_base, v_teacher, each [B, k, K, A]."""
+        """[B, H, W, 3] and [B, F, H, W, 3] per camera, [B, D] -> v_base, v_teacher, each [B, k, K, A]."""
         ...
 
 
@@ -168,20 +173,15 @@ def make_stage(open_base: Callable[[str, str], PrivilegedBase]) -> Stage:
                 now = {camera: frames[:, 0] for camera, frames in images.items()}
                 later = {camera: frames[:, 1:] for camera, frames in images.items()}
                 rows = np.arange(chosen.start, chosen.stop)
-                noisy = [
+                x = [
                     noisy_chunks(chunks[rows], drawn.seed[rows, k], drawn.t_act[rows, k])
                     for k in range(params.draws)
                 ]
-                v_base, v_teacher = base.velocities(
-                    now,
-                    later,
-                    state[rows],
-                    [episode.text] * len(rows),
-                    np.stack(noisy, axis=1),
-                    drawn.t_act[rows],
-                    drawn.t_vid[rows],
-                    drawn.video_seed[rows],
+                noisy = NoisyChunks(
+                    np.stack(x, axis=1), drawn.t_act[rows], drawn.t_vid[rows], drawn.video_seed[rows]
                 )
+                texts = [episode.text] * len(rows)
+                v_base, v_teacher = base.velocities(now, later, state[rows], texts, noisy)
                 yield {
                     "seed": drawn.seed[rows],
                     "t_act": drawn.t_act[rows],

@@ -13,7 +13,7 @@ from dpipe.models.blocks import text_ids
 from dpipe.models.diffusion import shifted_sigma
 from dpipe.models.flow_policy import FlowPolicy, joint_mask, open_base, save_flow
 from dpipe.schemas.errors import UsageError
-from dpipe.schemas.noise import flow_noise, noised, random_bits, stratified, uniform
+from dpipe.schemas.noise import NoisyChunks, flow_noise, noised, random_bits, stratified, uniform
 from dpipe.schemas.noise import shifted_sigma as numpy_sigma
 from dpipe.schemas.normalisers import fit
 from dpipe.trainer.draws import Draws
@@ -217,18 +217,19 @@ def test_a_saved_base_speaks_both_velocities_from_frames_the_same_each_time(tmp_
     now = {CAMERA: rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)}
     later = {CAMERA: rng.integers(0, 256, (3, 2, 64, 64, 3), dtype=np.uint8)}
     x = rng.normal(size=(3, 2, 4, 2)).astype(np.float32)  # two draws for each of three frames
-    rest = np.zeros((3, 3)), ["go"] * 3, x
     level, seeds = np.full((3, 2), 0.5, np.float32), np.arange(6, dtype=np.uint64).reshape(3, 2)
-    times = level, level * np.float32(0.4), seeds
-    v_base, v_teacher = base.velocities(now, later, *rest, *times)
+    draws = x, level, level * np.float32(0.4), seeds
+    rest = np.zeros((3, 3)), ["go"] * 3, NoisyChunks(*draws)
+    v_base, v_teacher = base.velocities(now, later, *rest)
     assert v_base.shape == v_teacher.shape == (3, 2, 4, 2)
-    second = base.velocities(now, later, rest[0], rest[1], x[:, 1:], *(part[:, 1:] for part in times))
+    alone = NoisyChunks(*(part[:, 1:] for part in draws))
+    second = base.velocities(now, later, rest[0], rest[1], alone)
     np.testing.assert_allclose(second[0], v_base[:, 1:], atol=1e-6)
     np.testing.assert_allclose(second[1], v_teacher[:, 1:], atol=1e-6)
-    again, _ = base.velocities(now, later, *rest, *times)
+    again, _ = base.velocities(now, later, *rest)
     np.testing.assert_array_equal(v_base, again)
     other = {CAMERA: 255 - later[CAMERA]}
-    other_base, other_teacher = base.velocities(now, other, *rest, *times)
+    other_base, other_teacher = base.velocities(now, other, *rest)
     np.testing.assert_allclose(other_base, v_base, atol=1e-6)
     assert np.abs(other_teacher - v_teacher).max() > 1e-4
 

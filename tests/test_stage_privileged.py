@@ -6,6 +6,7 @@ No base policy ships yet, so the stage is built over one that can be worked out 
 import numpy as np
 import pytest
 from dpipe.pipeline import precompute as module
+from dpipe.pipeline import target_parts
 from dpipe.pipeline.precompute import precompute
 from dpipe.schemas.chunks import chunk_index
 from dpipe.schemas.errors import UsageError
@@ -28,9 +29,9 @@ class ByHand:
     def describe(self):
         return {"weights": "w"}
 
-    def velocities(self, images, future, state, texts, noisy, times, video_times, video_seeds):
+    def velocities(self, images, future, state, texts, noisy):
         assert images[CAMERA].ndim == 4 and future[CAMERA].shape[1] == len(FUTURE)
-        base = noisy + times[..., None, None]
+        base = noisy.x + noisy.u[..., None, None]
         # the test pictures carry their frame number in the first pixel
         return base, base + future[CAMERA][:, -1, 0, 0, 1].astype(np.float32)[:, None, None, None] / 100
 
@@ -38,7 +39,8 @@ class ByHand:
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     stage = make_stage(lambda spec, device: ByHand())
-    monkeypatch.setattr(module, "load_stage", lambda name: stage)
+    for place in (module, target_parts):
+        monkeypatch.setattr(place, "load_stage", lambda name: stage)
     root = write_tiny(tmp_path / "set", EPISODES, camera=True)
     (target,) = precompute(root, ["privileged"], {"privileged": {"base": "embedded:x", "draws": DRAWS}})
     return root, target
