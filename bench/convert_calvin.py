@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("SVT_LOG", "1")
 
 import numpy as np
-from measure import Rounds, report
+from measure import WORKERS, Rounds, convert_seconds, lerobot_seconds, report
 
 SAMPLE = (
     Path(os.environ.get("DPIPE_SAMPLE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -35,7 +34,6 @@ SAMPLE = (
     / "training"
 )
 CAMERAS = ("rgb_static", "rgb_gripper")
-WORKERS = len(os.sched_getaffinity(0))
 
 
 def make_raw(folder: Path, copies: int) -> tuple[Path, list[list[Path]]]:
@@ -58,21 +56,8 @@ def make_raw(folder: Path, copies: int) -> tuple[Path, list[list[Path]]]:
     return training.parent.parent, episodes
 
 
-def convert(raw: Path, codec: str) -> float:
-    """Seconds of one `dpipe convert`, as its user runs it."""
-    out = Path(tempfile.mkdtemp(prefix="dpipe-bench-"))
-    command = [Path(sys.executable).parent / "dpipe", "convert", "calvin", "--raw", raw, "--out", out / "set"]
-    command += ["--cut", "play", "--codec", codec, "--workers", str(WORKERS)]
-    start = time.perf_counter()
-    subprocess.run([*map(str, command)], check=True, capture_output=True)
-    seconds = time.perf_counter() - start
-    shutil.rmtree(out)
-    return seconds
-
-
 def lerobot_rate(episodes: list[list[Path]], streaming: bool) -> float:
-    """Frames a second of lerobot's writer with its default AV1 settings, fed by np.load."""
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    """Frames a second of lerobot's writer, fed by np.load."""
 
     def image(side: int) -> dict[str, object]:
         return {"dtype": "video", "shape": (side, side, 3), "names": ["height", "width", "channels"]}
@@ -80,37 +65,20 @@ def lerobot_rate(episodes: list[list[Path]], streaming: bool) -> float:
     features = {"observation.images.top": image(200), "observation.images.wrist": image(84)}
     for name, dim in (("observation.state", 15), ("observation.environment_state", 24), ("action", 7)):
         features[name] = {"dtype": "float32", "shape": (dim,), "names": [f"d{i}" for i in range(dim)]}
-    root = Path(tempfile.mkdtemp(prefix="lerobot-bench-"))
-    start = time.perf_counter()
-    dataset = LeRobotDataset.create(
-        "bench/set",
-        fps=30,
-        features=features,
-        root=root / "set",
-        use_videos=True,
-        streaming_encoding=streaming,
-        image_writer_threads=0 if streaming else 4 * len(CAMERAS),
-    )
-    frames = 0
-    for paths in episodes:
-        for path in paths:
-            with np.load(path) as npz:
-                dataset.add_frame(
-                    {
-                        "observation.images.top": npz["rgb_static"],
-                        "observation.images.wrist": npz["rgb_gripper"],
-                        "observation.state": npz["robot_obs"].astype(np.float32),
-                        "observation.environment_state": npz["scene_obs"].astype(np.float32),
-                        "action": npz["rel_actions"].astype(np.float32),
-                        "task": "play",
-                    }
-                )
-        dataset.save_episode()
-        frames += len(paths)
-    dataset.finalize()
-    seconds = time.perf_counter() - start
-    shutil.rmtree(root)
-    return frames / seconds
+
+    def frame(path: Path) -> dict[str, object]:
+        with np.load(path) as npz:
+            return {
+                "observation.images.top": npz["rgb_static"],
+                "observation.images.wrist": npz["rgb_gripper"],
+                "observation.state": npz["robot_obs"].astype(np.float32),
+                "observation.environment_state": npz["scene_obs"].astype(np.float32),
+                "action": npz["rel_actions"].astype(np.float32),
+                "task": "play",
+            }
+
+    seconds = lerobot_seconds(30, features, (map(frame, paths) for paths in episodes), streaming)
+    return sum(map(len, episodes)) / seconds
 
 
 def inflate_and_encode(paths: list[Path], codec: str) -> int:
@@ -158,7 +126,9 @@ def main() -> int:
         frames = sum(map(len, many)) - sum(map(len, few))
 
         def dpipe_rate(codec: str) -> float:
-            return frames / (convert(large, codec) - convert(small, codec))
+            words = ("--cut", "play", "--codec", codec)
+            seconds = [convert_seconds("calvin", raw, *words) for raw in (small, large)]
+            return frames / (seconds[1] - seconds[0])
 
         measured = Rounds()
         measured.run(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,14 +24,13 @@ os.environ.setdefault("SVT_LOG", "1")
 
 import h5py
 import numpy as np
-from measure import Goal, Rounds, report
+from measure import WORKERS, Goal, Rounds, convert_seconds, lerobot_seconds, report
 
 SAMPLE = (
     Path(os.environ.get("DPIPE_SAMPLE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     / "libero"
 )
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
-WORKERS = len(os.sched_getaffinity(0))
 
 
 def load_demos() -> list[list[np.ndarray]]:
@@ -60,27 +58,14 @@ def make_raw(folder: Path, copies: int) -> tuple[Path, int]:
     return raw, frames
 
 
-def convert(raw: Path, codec: str) -> float:
-    """Seconds of one `dpipe convert`, as its user runs it."""
-    out = Path(tempfile.mkdtemp(prefix="dpipe-bench-"))
-    command = [Path(sys.executable).parent / "dpipe", "convert", "libero", "--raw", raw, "--out", out / "set"]
-    command += ["--codec", codec, "--workers", str(WORKERS)]
-    start = time.perf_counter()
-    subprocess.run([*map(str, command)], check=True, capture_output=True)
-    seconds = time.perf_counter() - start
-    shutil.rmtree(out)
-    return seconds
-
-
 def dpipe_rate(small: Path, large: Path, small_frames: int, large_frames: int, codec: str) -> float:
     """Steps a second between the small and the large conversion."""
-    return (large_frames - small_frames) / -(convert(small, codec) - convert(large, codec))
+    seconds = [convert_seconds("libero", raw, "--codec", codec) for raw in (small, large)]
+    return (large_frames - small_frames) / (seconds[1] - seconds[0])
 
 
 def lerobot_rate(demos: list[list[np.ndarray]], streaming: bool) -> float:
-    """Steps a second of lerobot's writer with its default AV1 settings."""
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
+    """Steps a second of lerobot's writer."""
     shape = demos[0][0].shape[1:]
     image = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"]}
     features = {f"observation.images.{c}": image for c in ("image", "image2")}
@@ -88,30 +73,15 @@ def lerobot_rate(demos: list[list[np.ndarray]], streaming: bool) -> float:
         "observation.state": {"dtype": "float32", "shape": (8,), "names": [f"s{i}" for i in range(8)]},
         "action": {"dtype": "float32", "shape": (7,), "names": [f"a{i}" for i in range(7)]},
     }
-    root = Path(tempfile.mkdtemp(prefix="lerobot-bench-"))
     vectors = {"observation.state": np.zeros(8, np.float32), "action": np.zeros(7, np.float32)}
-    start = time.perf_counter()
-    dataset = LeRobotDataset.create(
-        "bench/set",
-        fps=20,
-        features=features,
-        root=root / "set",
-        use_videos=True,
-        streaming_encoding=streaming,
-        image_writer_threads=0 if streaming else 4 * len(CAMERAS),
+    episodes = (
+        (
+            {"observation.images.image": a, "observation.images.image2": b, "task": "t", **vectors}
+            for a, b in zip(*demo, strict=True)
+        )
+        for demo in demos
     )
-    steps = 0
-    for first, second in demos:
-        for a, b in zip(first, second, strict=True):
-            dataset.add_frame(
-                {"observation.images.image": a, "observation.images.image2": b, "task": "t", **vectors}
-            )
-        dataset.save_episode()
-        steps += len(first)
-    dataset.finalize()
-    seconds = time.perf_counter() - start
-    shutil.rmtree(root)
-    return steps / seconds
+    return sum(len(demo[0]) for demo in demos) / lerobot_seconds(20, features, episodes, streaming)
 
 
 DEMOS: list[list[np.ndarray]] = []  # inherited by forked encoders: frames must not travel through a pipe

@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
+WORKERS = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,45 @@ def report(
     (OUT / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print("; ".join(map(str, goals)))
     return 0 if all(goal.met for goal in goals) else 1
+
+
+def convert_seconds(source: str, raw: Path, *more: str) -> float:
+    """Of one `dpipe convert` with a process a core, as its user runs it; what it made is deleted."""
+    out = Path(tempfile.mkdtemp(prefix="dpipe-bench-"))
+    command = [Path(sys.executable).parent / "dpipe", "convert", source, "--raw", raw, "--out", out / "set"]
+    started = time.perf_counter()
+    subprocess.run([*map(str, command), "--workers", str(WORKERS), *more], check=True, capture_output=True)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(out)
+    return seconds
+
+
+def lerobot_seconds(
+    fps: int, features: dict[str, Any], episodes: Iterable[Iterable[dict[str, Any]]], streaming: bool
+) -> float:
+    """Of lerobot's own writer with its default AV1 settings, fed frame by frame; imports are not counted."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root = Path(tempfile.mkdtemp(prefix="lerobot-bench-"))
+    cameras = sum(feature["dtype"] == "video" for feature in features.values())
+    started = time.perf_counter()
+    dataset = LeRobotDataset.create(
+        "bench/set",
+        fps=fps,
+        features=features,
+        root=root / "set",
+        use_videos=True,
+        streaming_encoding=streaming,
+        image_writer_threads=0 if streaming else 4 * cameras,
+    )
+    for frames in episodes:
+        for frame in frames:
+            dataset.add_frame(frame)
+        dataset.save_episode()
+    dataset.finalize()
+    seconds = time.perf_counter() - started
+    shutil.rmtree(root)
+    return seconds
 
 
 def machine() -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -222,14 +223,21 @@ def run(step: str, name: str, *words: str) -> dict[str, Any]:
         return json.loads(kept.read_text())
     command = [sys.executable, str(HERE), "--step", step, *words]
     environment = os.environ | {"DPIPE_QUIET": "1"}
-    started = time.monotonic()
+    started, busy = time.monotonic(), processor_s()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         sys.exit(f"scale: {name} failed ({done.returncode})")
     told = json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.monotonic() - started}
+    told["processor seconds"] = processor_s() - busy
     kept.write_text(json.dumps(told) + "\n")
     print(f"  {name}: {told}", file=sys.stderr, flush=True)
     return told
+
+
+def processor_s() -> float:
+    """Of processes that ended: what a step costs on a machine that does nothing else."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def files_by_kind(root: Path) -> dict[str, int]:
