@@ -416,8 +416,9 @@ def _seen_timing(raw: dict[str, Any]) -> tuple[str, float, float]:
     if states.shape[1] < 8 or not 2 <= len(states) == len(joints):
         return "", 0.0, 0.0
     arm = states[:, 1:8]
-    after = float(np.abs(joints[:-1] - arm[1:]).mean())
-    before = float(np.abs(joints - arm).mean())
+    with np.errstate(all="ignore"):  # infinities are the next check's to report
+        after = float(np.abs(joints[:-1] - arm[1:]).mean())
+        before = float(np.abs(joints - arm).mean())
     least, most = min(after, before), max(after, before)
     if not most >= 1e-6 or least > 0.5 * most:  # also where values are not finite
         return "", after, before

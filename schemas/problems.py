@@ -184,7 +184,7 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
     (r"wrong suite folder|is no LIBERO suite|belongs? to another", "misplaced"),
     (r"frame rate|frames a second|\bfps\b", "video-rate"),
     (r"observations are taken", "time-pairing"),
-    (r"gripper (action|command)|beyond \[-1, 1\]", "gripper-range"),
+    (r"gripper (action|command|readings)|beyond \[-1, 1\]", "gripper-range"),
     (r"single colour|black", "video-black"),
     (r"the video has \d+ frames|video .*frames|frames of video|\.mp4 has \d+ frames", "video-count"),
     (

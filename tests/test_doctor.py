@@ -304,6 +304,11 @@ def test_every_reason_of_a_converter_has_a_name():
             "gripper-range",
         ),
         "the video has 29 frames, the poses 30": ("video-count",),
+        "gripper readings of -0.785 to 0 are no actuator's (0 to 120, 35 to 120), radians perhaps": (
+            "gripper-range",
+        ),
+        "task_327.json has no task_name for this episode: it would have no instruction": ("instruction",),
+        "wrong suite folder: the file is in 'libero_goal', its bddl file in 'libero_spatial'": ("misplaced",),
         "1 frames missing: 20": ("missing-file",),
         "the pickle asks for 'os.system', which no index file needs; refused\n  next: get it again": (
             "refused",
