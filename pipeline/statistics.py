@@ -118,12 +118,13 @@ def histogram_statistics(counts: NDArray[np.int64], frames: int) -> dict[str, An
         "std": np.sqrt(np.maximum(variance, 0)).tolist(),
     }
     cumulative = counts.cumsum(axis=1)
-    for name, q in QUANTILES.items():
-        position = q * (total - 1)
-        low, high = np.floor(position).astype(int), np.ceil(position).astype(int)
-        below = np.array([levels[np.searchsorted(cumulative[c], low[c], "right")] for c in range(3)])
-        above = np.array([levels[np.searchsorted(cumulative[c], high[c], "right")] for c in range(3)])
-        result[name] = (below + (position - low) * (above - below)).tolist()
+    position = np.array(list(QUANTILES.values()))[:, None] * (total - 1)  # [quantiles, 3]
+    low, high = np.floor(position).astype(int), np.ceil(position).astype(int)
+    below, above = (
+        np.stack([levels[np.searchsorted(cumulative[c], rank[:, c], "right")] for c in range(3)], axis=1)
+        for rank in (low, high)
+    )
+    result |= zip(QUANTILES, (below + (position - low) * (above - below)).tolist(), strict=True)
     shaped: dict[str, Any] = {name: [[[float(v)]] for v in values] for name, values in result.items()}
     order = ("min", "max", "mean", "std", "count", *QUANTILES)
     shaped["count"] = [frames]
