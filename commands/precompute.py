@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from ..pipeline.plan import Step
     from ..pipeline.workspace import Workspace
 
-PROBED_ABOVE_FRAMES = 20_000  # below, the slowest stage takes less than an hour, and nobody need be asked
+# Below so many frames the slowest stage takes less than an hour, and nobody need be asked: with our own small
+# models, and with real ones at several seconds a frame.
+PROBED_ABOVE_FRAMES, PROBED_ABOVE_NAMED = 20_000, 1_000
+REAL_MODELS = ("hf:", "lerobot:")
 # Stages that run a policy: the option that names it, and the recipe that trains the embedded one.
 POLICIES = {
     "teacher": ("teacher", "teacher"),
@@ -111,12 +114,7 @@ def precompute(
         show_plan(steps, how.processes, how.price, how.as_json)
         return
     roots = find_datasets(how, datasets, convert_missing=not no_deps)
-    large = [root for root in roots if frames_of(root) > PROBED_ABOVE_FRAMES] if not how.yes else []
-    agree_to(
-        [step for root in large for step in plan_dataset(space, root, stages, params, out, name)],
-        how.processes,
-        how.yes,
-    )
+    agree_to_targets(how, dict.fromkeys(roots, params), out, name)
     for root in roots:
         make_targets(how, root, stages, params, out, name, train_missing=not no_deps)
 
@@ -153,6 +151,25 @@ def plan_dataset(
                 embedded = _stand_in(root, stage, Path(folder))
             chosen[stage] = {**embedded, **params.get(stage, {})}
         return plan_targets(root, stages, chosen, out or targets_folder(space, root), name)
+
+
+def agree_to_targets(
+    how: Execution,
+    wanted: Mapping[Path, Mapping[str, Mapping[str, Any]]],
+    out: Path | None = None,
+    name: str = "",
+) -> None:
+    """Ask before targets of more than 50 GB or an hour; what cannot be so large is not probed for it.
+
+    `wanted`: for each dataset its stages, each with its options.
+    """
+    steps: list[Step] = []
+    for root, params in wanted.items() if not how.yes else ():
+        named = [str(value) for own in params.values() for value in own.values()]
+        real = any(word in value for value in named for word in REAL_MODELS)
+        if params and frames_of(root) > (PROBED_ABOVE_NAMED if real else PROBED_ABOVE_FRAMES):
+            steps += plan_dataset(how.space, root, list(params), params, out, name)
+    agree_to(steps, how.processes, how.yes)
 
 
 def frames_of(root: Path) -> int:

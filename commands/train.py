@@ -22,7 +22,7 @@ from .options import (
     running,
     show_progress,
 )
-from .precompute import make_targets, missing_targets, plan_dataset, plan_missing
+from .precompute import agree_to_targets, make_targets, missing_targets, plan_dataset, plan_missing
 
 if TYPE_CHECKING:
     from ..pipeline.plan import Step
@@ -154,6 +154,8 @@ def train(
         planned.append(plan_training(recipe, roots, run_dir, steps))
         _show(planned, _sizes(recipe, given, steps, preset, roots), how.processes, how.price, how.as_json)
         return
+    if not no_deps:
+        agree_to_targets(how, missing)
     for root in roots if not no_deps else ():
         for stage, params in missing[root].items():
             make_targets(how, root, [stage], {stage: params})

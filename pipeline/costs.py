@@ -42,6 +42,7 @@ class StageCost:
     arrays: int = 0
     made: tuple[str, ...] = ()  # variants that exist
     needs: str = ""  # why it cannot run as it stands
+    one_process: bool = False  # a model's forward pass, whatever the number of workers
 
 
 def stage_costs(
@@ -68,7 +69,8 @@ def stage_costs(
         except (UsageError, DataError) as error:
             costs.append(StageCost(*told, made=made, needs=str(error)))
             continue
-        costs.append(StageCost(*told, *probe, made=made))
+        alone = isinstance(stage, Stage) and stage.uses_model(chosen)
+        costs.append(StageCost(*told, *probe, made=made, one_process=alone))
     return costs
 
 

@@ -48,6 +48,11 @@ class Step:
     pilot: str = ""
     cheaper: tuple[str, ...] = ()
     left_out: int = 0
+    one_process: bool = False  # a model's forward pass: all threads are its own, more workers change nothing
+
+    def wall(self, workers: int) -> float:
+        """Seconds on the clock."""
+        return (self.seconds or 0.0) / (1 if self.one_process else max(1, workers))
 
     @property
     def idle(self) -> bool:
@@ -186,6 +191,7 @@ def plan_targets(
                 cheaper=(
                     "pool tokens, a narrower dtype or every k-th frame, where the stage has the option",
                 ),
+                one_process=cost.one_process,
             )
         )
     return steps
@@ -291,7 +297,7 @@ def require_disk(steps: Sequence[Step]) -> None:
 def question(steps: Sequence[Step], workers: int) -> str:
     """What to ask before large or long work; "" where it is neither."""
     size = sum(step.write_bytes for step in steps)
-    seconds = sum(step.seconds or 0.0 for step in steps) / max(1, workers)
+    seconds = sum(step.wall(workers) for step in steps)
     if size <= ASK_BYTES and seconds <= ASK_S:
         return ""
     named = ", ".join(step.name for step in steps if not step.idle)
@@ -328,17 +334,16 @@ def plan_text(steps: Sequence[Step], workers: int, price: float | None = None) -
         if step.seconds is None:
             lines.append(f"  time    {step.pilot or 'not estimated'}")
         else:
-            wall = time_text(step.seconds / max(1, workers))
-            lines.append(f"  time    {wall} on {max(1, workers)} cores, {step.pilot}")
+            cores = "in one process" if step.one_process else f"on {max(1, workers)} cores"
+            lines.append(f"  time    {time_text(step.wall(workers))} {cores}, {step.pilot}")
     return "\n".join([*lines, _total(steps, workers, price)])
 
 
 def _total(steps: Sequence[Step], workers: int, price: float | None) -> str:
     seconds = sum(step.seconds or 0.0 for step in steps)
     size = sum(step.write_bytes for step in steps)
-    text = (
-        f"in all: {size_text(size)}, {seconds / 3600:.2f} core hours, {time_text(seconds / max(1, workers))}"
-    )
+    wall = time_text(sum(step.wall(workers) for step in steps))
+    text = f"in all: {size_text(size)}, {seconds / 3600:.2f} core hours, {wall}"
     return text if price is None else f"{text}, {price * seconds / 3600:.2f} at {price:g} a core hour"
 
 
@@ -348,7 +353,7 @@ def plan_json(steps: Sequence[Step], workers: int, price: float | None = None) -
         "steps": [asdict(step) for step in steps],
         "write_bytes": sum(step.write_bytes for step in steps),
         "core_seconds": seconds,
-        "wall_seconds": seconds / max(1, workers),
+        "wall_seconds": sum(step.wall(workers) for step in steps),
         "cost": None if price is None else price * seconds / 3600,
     }
 

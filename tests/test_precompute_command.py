@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from dpipe.cli import cli
+from dpipe.commands import precompute as command
+from dpipe.pipeline import plan
 from dpipe.schemas.errors import UsageError
 from dpipe.schemas.statistics import fit_statistics
 from dpipe.stages import STAGES
@@ -61,6 +63,47 @@ def test_without_a_stage_every_stage_is_listed_with_its_cost_and_its_recipe(spac
 def test_without_a_dataset_the_stages_are_listed_all_the_same(tmp_path):
     told = dpipe(tmp_path, "precompute")
     assert all(stage in told for stage in STAGES)
+
+
+def refused(space: Path, *words: str) -> str:
+    with pytest.raises(UsageError) as told:
+        dpipe(space, *words)
+    return str(told.value)
+
+
+def test_more_than_an_hour_or_50_gb_is_refused_where_nobody_can_be_asked(space, monkeypatch):
+    monkeypatch.setattr(command, "PROBED_ABOVE_FRAMES", FRAMES - 1)
+    made = space / "lerobot/set/dpipe/targets"
+    assert "2 episodes computed now" in dpipe(space, "precompute", "stats")  # probed, small, made unasked
+    monkeypatch.setattr(plan, "ASK_BYTES", FRAMES * 64 * 32 * 2 - 1)
+    told = refused(space, "precompute", "foresight")
+    assert told.startswith("precompute foresight: 180 kB and about") and "Cheaper: pool tokens" in told
+    assert "--yes" in told and not (made / "foresight").exists()
+    told = refused(space, "train", "dial", "--steps", "1", "--frames", "video")
+    assert told.startswith("precompute foresight: 180 kB") and not (made / "foresight").exists()
+    assert "2 episodes computed now" in dpipe(space, "precompute", "foresight", "--yes")
+    monkeypatch.setattr(plan, "ASK_S", 0.0)
+    assert "Cheaper" in refused(space, "precompute", "tokens") and not (made / "tokens").exists()
+
+
+def test_a_small_dataset_is_not_probed_before_it_is_worked_on_unless_a_real_model_is_named(
+    space, monkeypatch
+):
+    probed: list[str] = []
+    monkeypatch.setattr(command, "plan_dataset", lambda space, root, stages, *_: probed.extend(stages) or [])
+    monkeypatch.setattr(command, "PROBED_ABOVE_NAMED", FRAMES - 1)
+    dpipe(space, "precompute", "stats")
+    assert probed == []
+    with pytest.raises(UsageError):
+        dpipe(space, "precompute", "foresight", "--tower", "hf:nowhere")
+    assert probed == ["foresight"]
+
+
+def test_more_workers_do_not_shorten_a_models_forward_pass():
+    step = plan.Step("a", "", "", 1, 1, 0, (), 0, 0, 0, seconds=8000.0)
+    assert (step.wall(4), dataclasses.replace(step, one_process=True).wall(4)) == (2000.0, 8000.0)
+    assert not plan.question([step], 4)
+    assert "2.2 h" in plan.question([dataclasses.replace(step, one_process=True)], 4)
 
 
 @pytest.mark.slow
