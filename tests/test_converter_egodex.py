@@ -308,6 +308,9 @@ def test_a_task_beside_whole_parts_hides_none_of_them(tmp_path: Path):
         found = [r.name for r in egodex.find(raw, Options()) if "loose" not in r.name]
         assert found == ["part1/a/0", "part2/a/0", "part10/a/0", "test/a/0"]
     assert "egodex/loose/0" in [r.name for r in egodex.find(tmp_path / "egodex", Options())]
+    write_episode(tmp_path / "again" / "part1" / "a" / "0", confidence=False)
+    with pytest.raises(DataError, match="two episodes are called part1/a/0"):
+        list(egodex.find(tmp_path, Options()))
 
 
 @pytest.mark.parametrize("codec", ["hevc", "b-frames", "uneven"])
