@@ -30,6 +30,7 @@ from ..schemas.features import CAMERA_PREFIX, DEFAULT_FEATURES
 from ..streams.dataset import Dataset, contents_digest, open_dataset
 from .durable import exclusive, move_file, require_space, write_file, write_json
 from .facts import read_dropped
+from .finish import STATISTICS_UP_TO
 from .outputs import sync_tree
 from .progress import Progress
 from .statistics import (
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
 PART_FRAMES = 16_384
 ROWS_AT_A_TIME = 8_192
 OPEN_TABLES = 8
-STATISTICS_UP_TO = 50_000  # episodes beyond which their own statistics stay out of meta/, as in a conversion
-RECOUNTED = ("index", "episode_index", "task_index")
 
 
 @dataclass(frozen=True)

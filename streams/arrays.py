@@ -244,17 +244,6 @@ def read_spec(path: Path) -> tuple[ArraySpec, int]:
         return spec, int(data["shape"][0])
 
 
-def shard_digest(path: Path) -> str:
-    """xxh3-128 of an array's shard as it is on disk; that of nothing where it has none."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    shard = shard_of(path, len(_metadata_of(path)["shape"]))
-    if shard.is_file():
-        digest.update(shard.read_bytes())
-    return digest.hexdigest()
-
-
 def shard_of(path: Path, dims: int) -> Path:
     """The one file that holds the rows of an array of so many dimensions."""
     return path / ".".join(["c", *["0"] * dims])

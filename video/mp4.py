@@ -156,10 +156,6 @@ class SampleTable:
         return Fraction(whole) if (np.abs(late) <= whole).all() else None  # each within one tick
 
     @property
-    def is_constant_rate(self) -> bool:
-        return self.fps is not None
-
-    @property
     def keyframe_interval(self) -> int:
         """The longest run of samples from one sync sample to the next: what a random read may decode."""
         starts = np.flatnonzero(self.sync)
@@ -207,11 +203,6 @@ def read_table(path: Path, offset: int = 0, size: int | None = None) -> SampleTa
             raise DataError(f"{path}: bytes {offset} to {stop} lie outside the file of {total} bytes")
         moov = _find_moov(file.fileno(), path, offset, stop)
     return _parse_moov(moov, path, offset, stop)
-
-
-def frame_count(path: Path, offset: int = 0, size: int | None = None) -> int:
-    """Frames the video shows."""
-    return len(read_table(path, offset, size).shown)
 
 
 def copy_problem(table: SampleTable, fps: int, first_frame: int = 0, frames: int | None = None) -> str | None:
