@@ -160,6 +160,13 @@ def test_the_direct_control_starts_at_nothing_and_learns_the_action_itself(world
     assert judge(model).error < 0.6 * mean_size
 
 
+@pytest.mark.parametrize(("mode", "first"), [("refine", 0.2), ("direct", 0.5)])
+def test_a_dimension_that_never_moves_in_the_data_is_not_magnified(world, mode, first):
+    facts = {**world.facts, "raw_std": [0.5, 0.0], "delta_std": [0.2, 1e-3]}
+    model = AnchorRefine(Config(heads=2, mode=mode), world.space, facts)
+    assert model.scale.tolist() == pytest.approx([first, 1.0])
+
+
 def test_the_mean_keeps_right_decisions_and_pos_weight_lifts_the_others(world):
     batch = to_tensors({name: value[:64] for name, value in world.rows.items()}, world.space, "cpu")
     target = batch["residuals_grip_target"]

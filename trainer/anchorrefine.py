@@ -62,7 +62,9 @@ class Config:
 class AnchorRefine(Objective):
     """Refiner on a frozen anchor. `facts`: the anchor's sizes, chunk, dimensions, the delta's deviation."""
 
-    scale: Tensor  # [Da] deviation of delta (of the action itself in mode `direct`)
+    scale: (
+        Tensor  # [Da] deviation of delta (of the action itself in mode `direct`); 1 where the data never move
+    )
 
     def __init__(self, config: Config, space: Space, facts: Mapping[str, Any]) -> None:
         super().__init__()
@@ -92,8 +94,11 @@ class AnchorRefine(Objective):
             if head is not None:
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
-        spread = facts["raw_std" if config.mode == "direct" else "delta_std"]
-        self.register_buffer("scale", torch.tensor(spread, dtype=torch.float32).clamp(min=1e-6))
+        raw = torch.tensor(facts["raw_std"], dtype=torch.float32)
+        spread = raw if config.mode == "direct" else torch.tensor(facts["delta_std"], dtype=torch.float32)
+        # Where the data never move (an arm at rest) the residual is the anchor's own bias: dividing by how little
+        # that varies would make it the loudest part of the loss.
+        self.register_buffer("scale", torch.where(raw < 1e-6, 1.0, spread.clamp(min=1e-6)))
         # About the deviation of c*: a share w of the decisions is off by 0.25 + m on average, the rest by 0.
         self.gripper_scale = max(0.02, facts["wrong"] ** 0.5 * (0.25 + facts["margin"]))
 
