@@ -234,6 +234,21 @@ def test_everything_that_follows_from_the_rest_is_rebuilt(tmp_path: Path):
     assert old["action"] == new["action"] and set(old) == set(new)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pictures counted in grey levels",
+        "statistics of another episode",
+        "tasks without their pandas index",
+        "a largest value that was never reached",
+    ],
+)
+def test_a_defect_that_can_be_mended_is(name: str, tmp_path: Path):
+    (one,) = [each for each in DEFECTS if each.name == name]
+    assert PROBLEMS[one.problem].fixable
+    assert told(mend(broken(one, tmp_path), tmp_path / "mended").root) == []
+
+
 def test_lerobot_reads_what_was_mended_as_it_was_before(tmp_path: Path):
     """Another writer's dataset with its numbering, task table and statistics spoilt: doctor and lerobot agree again."""
     import shutil
@@ -398,6 +413,29 @@ def test_pictures_follow_the_dimensions_that_moved_them_in_other_episodes():
     unrelated = [Motion("", m.speed, np.abs(np.cumsum(rng.normal(size=80)))) for m in told]
     fits = [follow_curve(unrelated, i, lag=0).at(0) for i in range(4)]
     assert np.median(fits) < 0.5
+
+
+def test_what_an_idle_gripper_says_of_units_is_not_usual():
+    """Command and state in other units: equal in two episodes where both are nothing, apart in the one that grips."""
+    from dpipe.pipeline.doctor.recording import Gathered, commands_and_states_of_one_name_agree
+
+    def gathered(reach: list[float], gap: list[float]) -> Gathered:
+        found = Gathered(total=len(reach), level=SAMPLED, where=[f"episode {e}" for e in range(len(reach))])
+        found.shared = ["right_gripper"]
+        found.spans = [(e, np.array([value])) for e, value in enumerate(reach)]
+        found.gaps = [(e, np.array([value])) for e, value in enumerate(gap)]
+        return found
+
+    assert list(commands_and_states_of_one_name_agree(gathered([0, 0, 0, 80], [0, 0, 0, 100]))) == []
+    (one,) = commands_and_states_of_one_name_agree(gathered([80, 70, 75, 80], [1, 1, 2, 100]))
+    assert one.where == "episode 3"
+
+
+def test_some_lag_of_few_frames_fits_by_chance():
+    """A stretch whose pictures seem early by seven frames is told of when it is long, not when it is short."""
+    from dpipe.pipeline.doctor.pictures import FIT_OF_ONE_FRAME, SHORTEST_CLIP
+
+    assert FIT_OF_ONE_FRAME / np.sqrt(SHORTEST_CLIP - 7) > 0.7 > FIT_OF_ONE_FRAME / np.sqrt(50)
 
 
 def test_a_fit_is_held_against_that_of_episodes_paired_wrongly():

@@ -32,6 +32,7 @@ from ..statistics import (
 )
 from ..tables import STATISTICS, write_parquet, write_tasks
 from .checks import Level
+from .structure import REQUIRED_STATISTICS, statistics_trouble
 from .subject import NOT_NUMBERS, Block, Subject
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _dataset_statistics(subject: Subject) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, told in subject.features.items():
         if told["dtype"] in ("video", "image"):
-            result[name] = old[name] if isinstance(old.get(name), dict) else _camera_statistics(subject, name)
+            result[name] = old[name] if _is_sound(told, old.get(name)) else _camera_statistics(subject, name)
         elif told["dtype"] in NOT_NUMBERS:
             continue
         elif name == "index":
@@ -293,6 +294,12 @@ def _dataset_statistics(subject: Subject) -> dict[str, Any]:
         if name not in result and name not in DEFAULT_FEATURES and name not in subject.features:
             result[name] = old[name]
     return result
+
+
+def _is_sound(told: dict[str, Any], own: Any) -> bool:
+    """Whether statistics of a camera are such as the doctor lets pass: complete, finite, of pictures from 0 to 1."""
+    whole = isinstance(own, dict) and set(REQUIRED_STATISTICS) <= set(own)
+    return whole and not list(statistics_trouble("", told, own))
 
 
 def _agree(old: Any, made: Mapping[str, Any]) -> bool:

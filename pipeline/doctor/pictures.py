@@ -30,6 +30,7 @@ LAG_REACH = 10
 LATENCY_S = 0.15  # cameras may well be late by less
 RIDGE = 0.02  # of the mean variance, against dimensions that move together
 SHORTEST_CLIP = 40
+FIT_OF_ONE_FRAME = 4.5  # correlation that the best of 21 lags reaches by chance, times the root of the frames
 SHORTEST_STILL = 8  # frames from which a stretch says something about standing still
 LIKE = 4.0  # speeds within this factor count as the same kind of motion
 MOST_COMPARED = 200  # stretches of a camera compared two by two
@@ -442,7 +443,9 @@ def pictures_move_when_the_state_moves(seen: Seen) -> Findings:
             # Chance peaks lie anywhere; those of a camera that sees the robot lie together.
             if usual < CLEAR or sum(abs(curve.peak) <= 2 for curve in rest) * 3 < 2 * len(rest):
                 continue
-            if abs(own.peak) >= 3 and own.at(own.peak) > max(CLEAR, usual - 0.2, own.at(0) + 0.3):
+            # Of few frames, some lag fits by chance.
+            chance = FIT_OF_ONE_FRAME / np.sqrt(max(1, len(motion.change) - abs(own.peak)))
+            if abs(own.peak) >= 3 and own.at(own.peak) > max(CLEAR, usual - 0.2, own.at(0) + 0.3, chance):
                 fit = f"correlation {own.at(own.peak):.2f}, {own.at(0):.2f} where they stand"
                 yield Found(motion.place, f"{_late(own.peak)} ({fit})")
 

@@ -402,10 +402,10 @@ def statistics_are_complete(subject: Subject) -> Findings:
         if missing:
             yield Found("meta/stats.json", f"'{name}' lacks {', '.join(missing)}")
             continue
-        yield from _statistics_trouble(name, told, own)
+        yield from statistics_trouble(name, told, own)
 
 
-def _statistics_trouble(name: str, told: dict, own: dict) -> Findings:
+def statistics_trouble(name: str, told: dict, own: dict) -> Findings:
     camera = told["dtype"] in ("video", "image")
     values = {}
     for entry in (*REQUIRED_STATISTICS[:4], *(q for q in QUANTILES if q in own)):
