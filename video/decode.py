@@ -318,7 +318,8 @@ class _SampleDecoder:
             self._file = -1
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        # `os` is None once Python is leaving, which closes files by itself.
+        if hasattr(self, "_file") and os is not None:
             self.close()
 
     def _restart(self, sample: int) -> None:
