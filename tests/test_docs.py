@@ -60,6 +60,7 @@ def test_the_examples_of_stages_and_recipes_run_as_typed(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
 def test_every_command_of_the_page_runs_as_typed(page: Path, tmp_path: Path):
     assert len(run_page(page, tmp_path, {"8786": str(free_port())})) >= 3
