@@ -6,6 +6,9 @@ STAMP := $(VENV)/.complete
 DEMO ?= demo
 TESTS ?= tests
 
+# Where bytecode may not be written, every process of every test compiles torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup fmt lint types test test-fast demo bench table soak fuzz docs clean
 

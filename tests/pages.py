@@ -32,8 +32,6 @@ def run_page(page: Path, folder: Path, changed: dict[str, str] | None = None) ->
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DPIPE_WORKSPACE": ".",
     }
-    if environment.pop("PYTHONDONTWRITEBYTECODE", ""):  # each command would compile torch and lerobot anew
-        environment["PYTHONPYCACHEPREFIX"] = str(folder.parent / "bytecode")
     answers: list[str] = []
     said: str | None = None
     for block in blocks(page):

@@ -415,20 +415,22 @@ def test_pictures_follow_the_dimensions_that_moved_them_in_other_episodes():
     assert np.median(fits) < 0.5
 
 
-def test_what_an_idle_gripper_says_of_units_is_not_usual():
-    """Command and state in other units: equal in two episodes where both are nothing, apart in the one that grips."""
+def test_an_idle_joint_says_nothing_of_what_is_usual_nor_does_a_gripper_that_holds_something():
+    """Command and state in other units: equal where both are nothing, apart in the one episode that moves."""
     from dpipe.pipeline.doctor.recording import Gathered, commands_and_states_of_one_name_agree
 
-    def gathered(reach: list[float], gap: list[float]) -> Gathered:
+    def gathered(reach: list[float], gap: list[float], name: str = "elbow") -> Gathered:
         found = Gathered(total=len(reach), level=SAMPLED, where=[f"episode {e}" for e in range(len(reach))])
-        found.shared = ["right_gripper"]
+        found.shared = [name]
         found.spans = [(e, np.array([value])) for e, value in enumerate(reach)]
         found.gaps = [(e, np.array([value])) for e, value in enumerate(gap)]
         return found
 
     assert list(commands_and_states_of_one_name_agree(gathered([0, 0, 0, 80], [0, 0, 0, 100]))) == []
-    (one,) = commands_and_states_of_one_name_agree(gathered([80, 70, 75, 80], [1, 1, 2, 100]))
+    apart = [80, 70, 75, 80], [1, 1, 2, 100]
+    (one,) = commands_and_states_of_one_name_agree(gathered(*apart))
     assert one.where == "episode 3"
+    assert list(commands_and_states_of_one_name_agree(gathered(*apart, "right_gripper"))) == []
 
 
 def test_some_lag_of_few_frames_fits_by_chance():

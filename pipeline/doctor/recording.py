@@ -437,8 +437,8 @@ def commands_and_states_of_one_name_agree(gathered: Gathered) -> Findings:
 def _other_commands(gathered: Gathered) -> Findings:
     """Commands far from the states of their names in one episode, and near in all others.
 
-    What is usual is told by episodes in which the dimension moves: of an idle gripper, command and state are both
-    nothing, whatever units the two are in.
+    What is usual is told by episodes in which the dimension moves. A gripper is not asked: told to close, it stays
+    as far open as what it holds is wide, for as long as it holds it.
     """
     if len(gathered.gaps) < 3:
         return
@@ -446,7 +446,8 @@ def _other_commands(gathered: Gathered) -> Findings:
     spans = np.array([reach for _, reach in gathered.spans])
     span = spans.max(axis=0) + 1e-12
     gaps, moves = gaps / span, spans > 0.1 * span
-    told = moves.sum(axis=0) >= 3
+    asked = np.array([re.search("gripper|effector|claw", name.lower()) is None for name in gathered.shared])
+    told = asked & (moves.sum(axis=0) >= 3)
     usual = np.array([np.median(gaps[moves[:, d], d]) if told[d] else np.inf for d in range(gaps.shape[1])])
     far = (gaps > 0.25) & (gaps > 6 * usual) & (usual < 0.1)
     if 0 < far.any(axis=1).sum() <= len(gaps) / 3:
