@@ -92,6 +92,11 @@ class Refs(Sequence[EpisodeRef]):
     def row_of(self) -> dict[str, int]:
         return {source_id: row for row, source_id in enumerate(self.source_ids)}
 
+    def forget(self) -> None:
+        """Drop the names as Python objects: of a million episodes they are 200 MB, and made again on demand."""
+        for name in ("source_ids", "row_of"):
+            vars(self).pop(name, None)
+
     def texts(self, name: str) -> list[str]:
         """A column of few distinct words: split, variant, instruction, cameras."""
         return shared_texts(self.table.column(name))

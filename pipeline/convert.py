@@ -48,6 +48,8 @@ from .spool import read_spool, spool_name, write_spool
 from .tables import has_language
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ..streams.shard_format import ShardOptions
     from .plan import Step
 
@@ -107,9 +109,13 @@ class Order:
     def listed(self) -> set[str]:
         return {source_id for ids in self.parts.values() for source_id in ids}
 
-    def episodes(self) -> list[str]:
-        """Every episode once, where it was first listed."""
-        return list(dict.fromkeys(s for ids in self.parts.values() for s in ids))
+    def homes(self) -> dict[str, int]:
+        """Every episode once, in order -> the part it was first listed in, where its rows belong for good."""
+        found: dict[str, int] = {}
+        for part, ids in self.parts.items():
+            for source_id in ids:
+                found.setdefault(source_id, part)
+        return found
 
 
 @dataclass
@@ -119,6 +125,9 @@ class _Work:
     todo: list[tuple[int, int]] = field(default_factory=list)  # encode: (row of the refs, part)
     parts: dict[int, list[str]] = field(default_factory=dict)  # parts not yet muxed -> their episodes
     order: list[str] = field(default_factory=list)  # every episode of the dataset, in its order
+    homes: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # its part, as Order.homes
     gone: list[tuple[str, int]] = field(default_factory=list)  # listed, neither done nor found any more
 
 
@@ -219,6 +228,10 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
             return ConvertResult(
                 request.out, len(work.todo), frames, 0, (), (), len(work.todo), False, finished=False
             )
+        notes = [note for _, note in refs.notes]
+        # What follows wants memory of its own, for every episode: let go of what only the comparison needed.
+        del order
+        refs.forget()
         result = finish(
             request.out,
             name=request.name,
@@ -228,8 +241,9 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
             video=request.video,
             embodiment=embodiment,
             order=work.order,
+            homes=work.homes,
             scan_dropped=catalog.dropped,
-            warnings=[note for _, note in refs.notes],
+            warnings=notes,
         )
         shards = _write_shards(request, request.shards, executors, progress) if request.shards else None
         _clean_spool(journal)
@@ -259,6 +273,7 @@ def _share(work: _Work, part: int, count: int) -> _Work:
         [(row, number) for row, number in work.todo if number in parts],
         parts,
         work.order,
+        work.homes,
         [(source_id, number) for source_id, number in work.gone if number in parts],
     )
 
@@ -340,7 +355,8 @@ def _plan(
         parts |= new
     base = episode_key_base(converter, request)
     done = set(np.unique(receipts.numbers("part")).tolist())
-    work = _Work(order=Order((), parts).episodes())
+    homes = Order((), parts).homes()
+    work = _Work(order=list(homes), homes=np.fromiter(homes.values(), np.int64, len(homes)))
     spool = journal.parent / "spool"
     spooled = {path.name for path in spool.iterdir()} if spool.is_dir() else set()
     for part, ids in parts.items():

@@ -25,6 +25,7 @@ from .durable import POINT, move_file, sync_folder, write_file, write_json
 from .payload import VideoOptions, sidecar_file, staged_data, staged_sidecar
 from .receipts import (
     COMPARED,
+    COUNTS,
     NUMBERS,
     Receipts,
     load_receipts,
@@ -90,12 +91,16 @@ def finish(
     video: VideoOptions,
     embodiment: Embodiment,
     order: Sequence[str],
+    homes: NDArray[np.int64],
     scan_dropped: Sequence[Dropped],
     warnings: Sequence[str],
 ) -> FinishResult:
-    """Number the episodes of `order` and put the dataset's tables in place; a no-op when nothing changed."""
+    """Number the episodes of `order` and put the dataset's tables in place; a no-op when nothing changed.
+
+    `homes` is the part each was first listed in: its place among the data files, whatever is redone later.
+    """
     known = load_receipts(root, COMPARED)
-    state, alive, dropped = _state(
+    state, alive, listed, dropped = _state(
         known, order, scan_dropped, name, source, converter_version, options, video
     )
     manifest_path = root / "dpipe" / "manifest.json"
@@ -105,12 +110,17 @@ def finish(
             totals = manifest["totals"]
             return FinishResult(totals["episodes"], totals["frames"], totals["bytes"], tuple(dropped), True)
     if not len(alive):
-        listed = "\n".join(f"    {d.source_id}: {d.reason}" for d in dropped[:10])
-        raise DataError(f"every episode had to be left out; there is no dataset to write\n  found:\n{listed}")
+        reasons = "\n".join(f"    {d.source_id}: {d.reason}" for d in dropped[:10])
+        raise DataError(
+            f"every episode had to be left out; there is no dataset to write\n  found:\n{reasons}"
+        )
 
     del known
-    episodes = _Episodes(load_receipts(root), alive, _homes(root))
+    episodes = _Episodes(load_receipts(root), alive, homes[listed])
     staging = root / "dpipe" / "staging"
+    _stage_own_tables(staging, episodes)
+    _stage_receipts(staging, episodes)
+    episodes.receipts.keep([*COUNTS, "staged"])
     data = _stage_data(root, episodes, embodiment)
     pictures, each = _pass_statistics(root, episodes, embodiment)
     statistics = _dataset_statistics(data, episodes, embodiment) | pictures
@@ -134,7 +144,6 @@ def finish(
         has_language(embodiment),
     )
     write_json(staging / "meta" / "info.json", info, indent=4)
-    _stage_own_tables(staging, episodes)
     write_file(
         staging / "dpipe" / "dropped.jsonl",
         "".join(json.dumps(d.to_json(), ensure_ascii=False) + "\n" for d in dropped).encode(),
@@ -162,7 +171,6 @@ def finish(
 
     write_file(staging / "README.md", dataset_card(manifest, tasks, dropped).encode())
     write_json(staging / "dpipe" / "manifest.json", manifest)
-    _stage_receipts(staging, episodes)
     stage_statistics(root, staging)
     _commit(root, staging)
     return FinishResult(totals["episodes"], totals["frames"], size, tuple(dropped), False)
@@ -171,18 +179,15 @@ def finish(
 class _Episodes:
     """The kept episodes as columns, numbered: one place for every index that is global."""
 
-    def __init__(
-        self, receipts: Receipts, kept: NDArray[np.int64], homes: tuple[dict[str, int], NDArray[np.int64]]
-    ) -> None:
+    def __init__(self, receipts: Receipts, kept: NDArray[np.int64], home: NDArray[np.int64]) -> None:
         self.receipts = receipts
         self.kept = kept  # rows of the receipts, in the order of the dataset
         self.frames = receipts.numbers("frames")[kept]
         self.stop = np.cumsum(self.frames)
         self.start = self.stop - self.frames
         self.part = receipts.numbers("part")[kept]  # where its pixels are
-        places, parts = homes
         self.source_id = [receipts.source_ids[row] for row in kept.tolist()]
-        self.home = parts[[places[s] for s in self.source_id]]  # where its rows belong
+        self.home = home  # where its rows belong
         self.first_frame = receipts.numbers("first_frame")[kept]
         self.split = _pick(receipts.texts("split"), kept)
         self.variant = receipts.texts("variant")[int(kept[0])]
@@ -231,18 +236,6 @@ def _pick(values: list[str], rows: NDArray[np.int64]) -> list[str]:
 
 def _blocks(count: int, size: int = ROWS_AT_A_TIME) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _homes(root: Path) -> tuple[dict[str, int], NDArray[np.int64]]:
-    """The part each episode was first listed in: its place among the data files, whatever is redone later."""
-    places: dict[str, int] = {}
-    parts: list[int] = []
-    for path in sorted((root / "dpipe" / "journal").glob("order-*.json")):
-        for part in json.loads(path.read_text())["parts"]:
-            for source_id in part["episodes"]:
-                if places.setdefault(source_id, len(parts)) == len(parts):
-                    parts.append(part["part"])
-    return places, np.array(parts, np.int64)
 
 
 def _stage_data(root: Path, episodes: _Episodes, embodiment: Embodiment) -> list[Path]:
@@ -644,12 +637,15 @@ def _apply(root: Path, log: Mapping[str, list[str]]) -> None:
 
 def _state(
     known: Receipts, order: Sequence[str], scanned: Sequence[Dropped], *settings: Any
-) -> tuple[str, NDArray[np.int64], list[Dropped]]:
-    """Digest of everything the tables are made from (equal: nothing to do), rows of kept receipts, what is left out."""
+) -> tuple[str, NDArray[np.int64], NDArray[np.int64], list[Dropped]]:
+    """What the tables are made from: its digest (equal: nothing to do), rows of kept receipts, their places in
+    `order`, and what is left out.
+    """
     import xxhash
 
     rows = np.fromiter((known.latest.get(s, -1) for s in order), np.int64, len(order))
-    rows = rows[rows >= 0]
+    listed = np.flatnonzero(rows >= 0)
+    rows = rows[listed]
     bad = {row: text for row, text in enumerate(known.texts("dropped")) if text}
     late = []
     if bad:
@@ -659,7 +655,8 @@ def _state(
             for row in rows.tolist()
             if row in bad
         ]
-        rows = rows[[row not in bad for row in rows.tolist()]]
+        good = np.array([row not in bad for row in rows.tolist()], bool)
+        rows, listed = rows[good], listed[good]
     dropped = sorted([*scanned, *late], key=lambda d: (d.split, d.source_id))
     hasher = xxhash.xxh3_128()
     digests = [text for (text,) in known.rows(["raw_digest"])]
@@ -669,7 +666,7 @@ def _state(
     facts = [d.to_json() for d in dropped]
     plain = [s.to_json() if isinstance(s, VideoOptions) else s for s in settings]
     hasher.update(json.dumps([facts, plain], sort_keys=True, default=str).encode())
-    return hasher.hexdigest(), rows, dropped
+    return hasher.hexdigest(), rows, listed, dropped
 
 
 def _split_ranges(splits: Sequence[str]) -> dict[str, str]:

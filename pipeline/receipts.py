@@ -162,6 +162,12 @@ class Receipts:
         """source_id -> row of the receipt that counts."""
         return {source_id: row for row, source_id in enumerate(self.source_ids)}
 
+    def keep(self, names: Sequence[str]) -> None:
+        """Drop all other columns: of a million episodes the texts are half a gigabyte."""
+        self.batches = [batch.select(list(names)) for batch in self.batches]
+        for name in ("source_ids", "latest"):
+            vars(self).pop(name, None)
+
     def numbers(self, name: str) -> NDArray[Any]:
         """A column of numbers, [receipts]."""
         return numbers_of([batch.column(name) for batch in self.batches])
