@@ -116,37 +116,63 @@ class ShardRows:
         return height, width
 
     def values(self, names: Iterable[str], rows: Rows) -> dict[str, NDArray[Any]]:
-        """Columns at rows [...]; runs of neighbouring rows are copied in one piece."""
+        """Columns at rows [...]."""
         flat = np.ascontiguousarray(rows.reshape(-1))
         first = self._arrays["group_first"]
         group = np.searchsorted(first, flat, side="right") - 1
         within = flat - first[group]
-        cuts = np.flatnonzero((np.diff(within) != 1) | (np.diff(group) != 0)) + 1
-        starts = [0, *cuts.tolist()] if len(flat) else []
-        stops = [*starts[1:], len(flat)]
-        groups, offsets = group[starts].tolist(), within[starts].tolist()
-        parts = self._arrays["group_part"][group[starts]].tolist()
         names = list(names)
-        if self.remote is not None:
-            self._fetch_columns(names, sorted(set(zip(parts, groups, strict=True))))
-        result = {}
         for name in names:
             if name not in self._columns:
                 raise unknown_name(f"column of {self.folder}", name, self._columns)
-            k, column = self._columns[name]
-            out = np.empty((len(flat), column.dim) if column.dim else len(flat), column.dtype)
-            bases = self._arrays["group_values"][groups, k].tolist()
-            for start, stop, g, part, offset, base in zip(
-                starts, stops, groups, parts, offsets, bases, strict=True
-            ):
-                opened = self._part(part)
-                if isinstance(opened, _RemotePart) or not self._proven[g, k]:
-                    data, base = self._checked_group(opened, g, k, column)
-                else:
-                    data = opened.map
-                out[start:stop] = read_values(data, base, column, offset, stop - start)
-            result[name] = out.reshape(*rows.shape, *out.shape[1:])
-        return result
+        gather = self._gathered if self.remote is None else self._fetched
+        if self.remote is not None:
+            pairs = zip(self._arrays["group_part"][group].tolist(), group.tolist(), strict=True)
+            self._fetch_columns(names, sorted(set(pairs)))
+        found = {name: gather(*self._columns[name], group, within) for name in names}
+        return {name: values.reshape(*rows.shape, *values.shape[1:]) for name, values in found.items()}
+
+    def _gathered(
+        self, k: int, column: Column, group: NDArray[np.int64], within: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Values out of mapped files, all rows of a file in one step: a step a row would cost as much as a JPEG."""
+        if column.dtype == "bool":
+            return self._fetched(k, column, group, within)
+        part = self._arrays["group_part"][group]
+        for g in np.unique(group[~self._proven[group, k]]).tolist():
+            self._checked_group(self._part(int(self._arrays["group_part"][g])), g, k, column)
+        size = column.row_bytes
+        place = self._arrays["group_values"][group, k] + within * size
+        raw = np.empty((len(group), size), np.uint8)
+        for number in np.unique(part).tolist():
+            opened = self._part(number)
+            assert isinstance(opened, _OpenPart)
+            # Every run of `size` bytes of the file, as rows that overlap: taking some copies just these.
+            runs = np.ndarray((len(opened.map) - size + 1, size), np.uint8, opened.map, strides=(1, 1))
+            mine = part == number
+            raw[mine] = runs[place[mine]]
+        values = raw.view(column.stored).astype(column.dtype, copy=False)
+        return values if column.dim else values[:, 0]
+
+    def _fetched(
+        self, k: int, column: Column, group: NDArray[np.int64], within: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Values as a remote file or bits demand it: runs of neighbouring rows are read in one piece."""
+        cuts = np.flatnonzero((np.diff(within) != 1) | (np.diff(group) != 0)) + 1
+        starts = [0, *cuts.tolist()] if len(group) else []
+        stops = [*starts[1:], len(group)]
+        groups, offsets = group[starts], within[starts].tolist()
+        bases, parts = self._arrays["group_values"][groups, k].tolist(), self._arrays["group_part"][groups]
+        out = np.empty((len(group), column.dim) if column.dim else len(group), column.dtype)
+        told = zip(starts, stops, groups.tolist(), parts.tolist(), offsets, bases, strict=True)
+        for start, stop, g, part, offset, base in told:
+            opened = self._part(part)
+            if isinstance(opened, _RemotePart) or not self._proven[g, k]:
+                data, base = self._checked_group(opened, g, k, column)
+            else:
+                data = opened.map
+            out[start:stop] = read_values(data, base, column, offset, stop - start)
+        return out
 
     def _group_span(self, group: int, k: int, column: Column) -> tuple[int, int, int]:
         """(rows, first byte, bytes) of a column in a row group."""
