@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from functools import lru_cache
 from tokenize import TokenError
 from typing import Any
@@ -53,6 +54,7 @@ def load_object(data: bytes, name: str) -> Any:
 def load_pickle(data: bytes, name: str) -> Any:
     """Unpickle containers, strings, numbers and NumPy arrays; DataError naming anything else it asks for."""
     try:
+        _check_memo(data)
         value = _Restricted(io.BytesIO(data), encoding="latin1").load()
         return _built(value, {})
     except _RefusedError as error:
@@ -64,6 +66,17 @@ def load_pickle(data: bytes, name: str) -> Any:
         raise DataError(f"{name}: the pickle is nested without end; refused") from error
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         raise DataError(f"{name}: damaged pickle ({type(error).__name__}: {error})") from error
+
+
+def _check_memo(data: bytes) -> None:
+    """Places in the unpickler's memo are made up to the highest one named, 8 bytes each: four bytes claim 32 GB.
+
+    Whatever is put there was read before, so no true place is beyond the bytes read.
+    """
+    for opcode, place, at in pickletools.genops(data):
+        puts = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if puts and isinstance(place, int) and place > (at or 0):
+            raise ValueError(f"place {place} of its memo after {at} bytes")
 
 
 class _RefusedError(Exception):

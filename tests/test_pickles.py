@@ -100,6 +100,12 @@ def test_an_array_may_not_claim_more_than_it_carries():
         load_array(saved(np.zeros(4))[:-1], "x")
 
 
+def test_a_place_in_the_memo_beyond_what_was_read_is_refused_before_room_is_made_for_it():
+    """LONG_BINPUT with 2**28 - 1: two gigabytes of places for one None."""
+    with pytest.raises(DataError, match="place 268435455 of its memo after 3 bytes"):
+        load_pickle(b"\x80\x02Nr\xff\xff\xff\x0f.", "auto_lang_ann.npy")
+
+
 def test_lists_that_contain_themselves_or_double_without_end_are_refused_or_shared():
     endless: list = []
     endless.append(endless)
