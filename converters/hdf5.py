@@ -68,7 +68,7 @@ def find_group(parent: h5py.Group, path: str) -> h5py.Group | None:
 
 
 def find_dataset(parent: h5py.Group, path: str) -> h5py.Dataset | None:
-    """The dataset at a relative path, checked as above, or None where there is none."""
+    """The dataset at a relative path, checked as above, or None where there is none or it has no room for a value."""
     import h5py
 
     head, _, last = path.rpartition("/")
@@ -79,7 +79,7 @@ def find_dataset(parent: h5py.Group, path: str) -> h5py.Dataset | None:
     if not isinstance(member, h5py.Dataset):
         return None
     check_dataset(member)
-    return member
+    return None if member.shape is None else member
 
 
 def read_dataset(parent: h5py.Group, path: str) -> np.ndarray | None:
