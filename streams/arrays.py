@@ -54,6 +54,7 @@ _DTYPES = frozenset(
         "float64",
     ]
 )
+REMAKE = "Precompute the target again."
 _NO_CHUNK = 2**64 - 1  # offset and size of an inner chunk that holds only the fill value
 
 
@@ -236,7 +237,7 @@ def write_group(path: Path, attributes: Mapping[str, Any]) -> None:
 
 def read_spec(path: Path) -> tuple[ArraySpec, int]:
     """An array's spec and its number of rows, from its metadata alone."""
-    with malformed_as(path / "zarr.json", "Precompute the target again."):
+    with malformed_as(path / "zarr.json", REMAKE):
         data = _metadata_of(path)
         dtype = data["attributes"].get("dpipe_dtype", data["data_type"])
         axis, *axes = data["dimension_names"]
@@ -255,7 +256,7 @@ def open_array(path: Path, verify: bool = False) -> NDArray[Any] | CompressedRow
     A file shorter or longer than its metadata promises is refused; `verify` also checks the index's crc32c.
     bfloat16 comes as its uint16 bits (`schemas/bfloat16.py`).
     """
-    with malformed_as(f"array {path}", "Precompute the target again."):
+    with malformed_as(f"array {path}", REMAKE):
         return _open_array(path, verify)
 
 
@@ -263,11 +264,14 @@ def _open_array(path: Path, verify: bool) -> NDArray[Any] | CompressedRows:
     data = _metadata_of(path)
     shape = tuple(int(n) for n in data["shape"])
     if data["data_type"] not in _DTYPES or min(shape, default=-1) < 0:
-        raise DataError(f"array {path}: {data['data_type']} {shape}\n  Precompute the target again.")
+        raise DataError(f"array {path}: {data['data_type']} {shape}\n  {REMAKE}")
     dtype = np.dtype(data["data_type"]).newbyteorder("<")
     sharding = data["codecs"][0]["configuration"]
     chunk_rows = int(sharding["chunk_shape"][0])
-    chunks = int(data["chunk_grid"]["configuration"]["chunk_shape"][0]) // chunk_rows
+    shard_rows = int(data["chunk_grid"]["configuration"]["chunk_shape"][0])
+    if chunk_rows < 1 or shard_rows < 1:
+        raise DataError(f"array {path}: chunks of {chunk_rows} rows in shards of {shard_rows}\n  {REMAKE}")
+    chunks = shard_rows // chunk_rows
     if not math.prod(shape):
         return np.zeros(shape, dtype)
     shard = shard_of(path, len(shape))
@@ -333,11 +337,18 @@ class CompressedRows:
         from numcodecs.zstd import Zstd
 
         offset, size = int(self._index[chunk, 0]), int(self._index[chunk, 1])
+        plain = np.empty((self._chunk_rows, *self.shape[1:]), self.dtype)
         with open(self._shard, "rb") as file:
+            if offset + size > os.fstat(file.fileno()).st_size:
+                raise DataError(f"{self._shard}: its index names bytes beyond its end\n  {REMAKE}")
             file.seek(offset)
             packed = file.read(size)
-        plain = Zstd().decode(packed)
-        return np.frombuffer(plain, self.dtype).reshape(self._chunk_rows, *self.shape[1:])
+        try:
+            # Into room of the size it must have: what the bytes claim to unpack to is not believed.
+            Zstd().decode(packed, plain.view(np.uint8).reshape(-1))
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{self._shard}: chunk {chunk} is damaged: {error}\n  {REMAKE}") from error
+        return plain
 
 
 def _index_bytes(sizes: Sequence[int]) -> bytes:

@@ -305,7 +305,10 @@ class Subject:
     @cached_property
     def episode_tasks(self) -> list[list[str]] | None:
         column = self.text_column("tasks")
-        return None if column is None else [list(entry or ()) for entry in column.to_pylist()]
+        if column is None:
+            return None
+        entries = (() if entry is None else entry for entry in column.to_pylist())
+        return [list(entry) if isinstance(entry, list | tuple) else [str(entry)] for entry in entries]
 
     @cached_property
     def splits(self) -> dict[str, list[tuple[int, int]]] | None:
