@@ -20,6 +20,7 @@ in out/stream-rounds.json, none chosen, and medians are over all of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -116,7 +117,8 @@ def mosaicml_batches(folder: Path, workers: int) -> Iterator[Any]:
     from streaming.base.util import clean_stale_shared_memory
 
     torch.set_num_threads(1)
-    clean_stale_shared_memory()
+    with contextlib.suppress(FileNotFoundError):  # the other of the two cleans up at the same moment
+        clean_stale_shared_memory()
 
     class Set(StreamingDataset):
         def __getitem__(self, at: int) -> dict[str, Any]:
