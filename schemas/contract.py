@@ -24,7 +24,7 @@ NO_PIXELS = "no pixels: any augmentation"
 
 
 BFLOAT16 = "bfloat16"
-BELOW = re.compile(r"(\w[\w.-]*/)*\w[\w.-]*", re.ASCII)  # the name of a file below a folder
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # of a file that data may name: no way out of its folder
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ArraySpec:
         """Its name, and the file of its scales, are looked for below the target; DataError where they lead away."""
         scale = (data.get("attributes") or {}).get("scale", "x")  # of integers: prepared/scale.npy
         for name in (data["name"], *(scale.split("/") if isinstance(scale, str) else (scale,))):
-            if not isinstance(name, str) or BELOW.fullmatch(name) is None:
+            if not isinstance(name, str) or FILE_NAME.fullmatch(name) is None:
                 raise DataError(
                     f"an array of the target is called {name!r:.80}, which is no file of it; refused"
                 )

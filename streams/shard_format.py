@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schemas.contract import canonical_json
+from ..schemas.contract import FILE_NAME, canonical_json
 from ..schemas.errors import DataError, UsageError, unknown_name
 
 SHARDS_VERSION = 1
@@ -43,7 +42,6 @@ GROUP_ROWS = 512
 FOLDER = Path("dpipe") / "shards"
 FRAME_KINDS = ("jpeg", "video", "none")
 REMAKE = "Make the shards again:  dpipe precompute shards"
-FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 ARRAYS = {
     *("group_first", "group_part", "group_values", "group_checks", "part_first"),
     *("frame_offset", "frame_length", "frame_check", "episode_length", "episode_content"),

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from .remote import Cache, RemoteFolder
 
 OPEN_PARTS = 128  # files kept open by one reader
+
+
+class _Places(NamedTuple):
+    """Where rows [n] lie: the row group of each, the file of that, and the row's number within its group."""
+
+    group: NDArray[np.int64]
+    part: NDArray[np.int64]
+    within: NDArray[np.int64]
 
 
 class _OpenPart:
@@ -120,25 +128,23 @@ class ShardRows:
         flat = np.ascontiguousarray(rows.reshape(-1))
         first = self._arrays["group_first"]
         group = np.searchsorted(first, flat, side="right") - 1
-        within = flat - first[group]
+        places = _Places(group, self._arrays["group_part"][group], flat - first[group])
         names = list(names)
         for name in names:
             if name not in self._columns:
                 raise unknown_name(f"column of {self.folder}", name, self._columns)
-        gather = self._gathered if self.remote is None else self._fetched
+        gather = self._gathered
         if self.remote is not None:
-            pairs = zip(self._arrays["group_part"][group].tolist(), group.tolist(), strict=True)
-            self._fetch_columns(names, sorted(set(pairs)))
-        found = {name: gather(*self._columns[name], group, within) for name in names}
+            gather = self._fetched
+            self._fetch_columns(names, sorted(set(zip(places.part.tolist(), group.tolist(), strict=True))))
+        found = {name: gather(*self._columns[name], places) for name in names}
         return {name: values.reshape(*rows.shape, *values.shape[1:]) for name, values in found.items()}
 
-    def _gathered(
-        self, k: int, column: Column, group: NDArray[np.int64], within: NDArray[np.int64]
-    ) -> NDArray[Any]:
+    def _gathered(self, k: int, column: Column, places: _Places) -> NDArray[Any]:
         """Values out of mapped files, all rows of a file in one step: a step a row would cost as much as a JPEG."""
         if column.dtype == "bool":
-            return self._fetched(k, column, group, within)
-        part = self._arrays["group_part"][group]
+            return self._fetched(k, column, places)
+        group, part, within = places
         for g in np.unique(group[~self._proven[group, k]]).tolist():
             self._checked_group(self._part(int(self._arrays["group_part"][g])), g, k, column)
         size = column.row_bytes
@@ -154,19 +160,18 @@ class ShardRows:
         values = raw.view(column.stored).astype(column.dtype, copy=False)
         return values if column.dim else values[:, 0]
 
-    def _fetched(
-        self, k: int, column: Column, group: NDArray[np.int64], within: NDArray[np.int64]
-    ) -> NDArray[Any]:
+    def _fetched(self, k: int, column: Column, places: _Places) -> NDArray[Any]:
         """Values as a remote file or bits demand it: runs of neighbouring rows are read in one piece."""
+        group, part, within = places
         cuts = np.flatnonzero((np.diff(within) != 1) | (np.diff(group) != 0)) + 1
         starts = [0, *cuts.tolist()] if len(group) else []
         stops = [*starts[1:], len(group)]
         groups, offsets = group[starts], within[starts].tolist()
-        bases, parts = self._arrays["group_values"][groups, k].tolist(), self._arrays["group_part"][groups]
+        bases = self._arrays["group_values"][groups, k].tolist()
         out = np.empty((len(group), column.dim) if column.dim else len(group), column.dtype)
-        told = zip(starts, stops, groups.tolist(), parts.tolist(), offsets, bases, strict=True)
-        for start, stop, g, part, offset, base in told:
-            opened = self._part(part)
+        told = zip(starts, stops, groups.tolist(), part[starts].tolist(), offsets, bases, strict=True)
+        for start, stop, g, number, offset, base in told:
+            opened = self._part(number)
             if isinstance(opened, _RemotePart) or not self._proven[g, k]:
                 data, base = self._checked_group(opened, g, k, column)
             else:

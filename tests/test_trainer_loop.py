@@ -187,8 +187,8 @@ def test_a_run_past_its_time_ends_after_the_step_it_is_in_checkpointed(tmp_path)
 def ask_others(rank: int, port: int) -> None:
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", address, world_size=2, rank=rank)
-    assert any_process(rank == 1, 2)
-    assert not any_process(False, 2)
+    assert any_process(rank == 1, 2, torch.device("cpu"))
+    assert not any_process(False, 2, torch.device("cpu"))
     torch.distributed.destroy_process_group()
 
 

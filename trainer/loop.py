@@ -260,7 +260,7 @@ def fit(
 
                 step = start + index + 1
                 ending = index + 1 == phase.steps
-                leaving = any_process(stop.asked, world) or (
+                leaving = any_process(stop.asked, world, device) or (
                     stop_after is not None and step - first >= stop_after
                 )
                 if step % options.log_every == 0 or ending or leaving:
@@ -331,13 +331,11 @@ def _gather(place: dict[str, Any], world: int) -> list[dict[str, Any]]:
     return places
 
 
-def any_process(asked: bool, world: int) -> bool:
+def any_process(asked: bool, world: int, device: torch.device) -> bool:
     """Whether some process is asked to leave: all leave after the same step, or none could save."""
     if world == 1:
-        return asked
-    told = torch.tensor(float(asked), device=Accelerator().device)
-    torch.distributed.all_reduce(told)
-    return bool(told)
+        return asked  # and the GPU is not waited for
+    return bool(mean_over_processes(torch.tensor(float(asked), device=device)))
 
 
 def read_health(batches: Batches) -> dict[str, float]:
