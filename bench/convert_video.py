@@ -15,7 +15,6 @@ import argparse
 import io
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from dpipe.schemas.episode import VideoClip
 from dpipe.video.decode import transcode
 from dpipe.video.encode import AV1, H264, Codec, Encoder
 from dpipe.video.mp4 import can_join, copy_problem, copy_run, read_table, write_mp4
+from measure import WORKERS, Goal, Rounds, report
 
 COPY_OVER_CP, COPY_OVER_REENCODE, TRANSCODE_OVER_BARE = 0.4, 30.0, 0.8
 FPS = 30
@@ -114,7 +114,7 @@ def bare(clip: Path, frames: int, height: int, width: int) -> int:
     return done
 
 
-def timed(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -127,64 +127,65 @@ def clean(folder: Path) -> Path:
 
 
 def bench_copy(
-    name: str, clips: list[Path], frames: int, size: tuple[int, int], folder: Path, rounds: int
-) -> list[tuple[str, float, float]]:
+    rounds: Rounds, name: str, clips: list[Path], frames: int, size: tuple[int, int], folder: Path, turns: int
+) -> list[Goal]:
     target, again = folder / "target", min(frames, 60)
-    contestants = {
-        "cp": lambda: cp(clips, target, False),
-        "copy": lambda: packet_copy(clips, target / "joined.mp4", False),
-        "cp, synced": lambda: cp(clips, target, True),
-        "copy, synced": lambda: packet_copy(clips, target / "joined.mp4", True),
-        "re-encode": lambda: bare(clips[0], again, *size),
-    }
-    times: dict[str, list[float]] = {key: [] for key in contestants}
-    keys = list(contestants)
-    for turn in range(rounds):
-        for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
+    stretch = again / (frames * len(clips))  # a stretch of one clip stands for encoding all again
+    megabytes = sum(clip.stat().st_size for clip in clips) / 1e6
+
+    def speed(call: Callable[[], object], share: float = 1.0) -> Callable[[], float]:
+        def measure() -> float:
             clean(target)
-            times[key].append(timed(contestants[key]))
-    median = {key: statistics.median(values) for key, values in times.items()}
-    median["re-encode"] *= frames * len(clips) / again  # a stretch of one clip stands for all
-    total = sum(clip.stat().st_size for clip in clips)
-    print(f"{name}: {len(clips)} clips of {frames} frames, {total / 1e6:.1f} MB")
-    for key, seconds in median.items():
-        print(f"  {key:14s} {seconds * 1e3:10.1f} ms  {total / seconds / 1e6:8.1f} MB/s")
+            return megabytes * share / seconds(call)
+
+        return measure
+
+    rounds.run(
+        turns,
+        {
+            f"{name} cp": speed(lambda: cp(clips, target, False)),
+            f"{name} copy": speed(lambda: packet_copy(clips, target / "joined.mp4", False)),
+            f"{name} cp, synced": speed(lambda: cp(clips, target, True)),
+            f"{name} copy, synced": speed(lambda: packet_copy(clips, target / "joined.mp4", True)),
+            f"{name} re-encode": speed(lambda: bare(clips[0], again, *size), stretch),
+        },
+    )
+    synced = f"{name} copy, synced"
     return [
-        (f"{name} copy / cp", median["cp"] / median["copy"], COPY_OVER_CP),
-        (f"{name} copy / cp, both synced", median["cp, synced"] / median["copy, synced"], COPY_OVER_CP),
-        (f"{name} copy / re-encode", median["re-encode"] / median["copy, synced"], COPY_OVER_REENCODE),
+        rounds.ratio(f"{name}: copy of cp", f"{name} copy", f"{name} cp", COPY_OVER_CP),
+        rounds.ratio(f"{name}: copy of cp, both synced", synced, f"{name} cp, synced", COPY_OVER_CP),
+        rounds.ratio(f"{name}: copy over re-encoding", synced, f"{name} re-encode", COPY_OVER_REENCODE),
     ]
 
 
 def bench_transcode(
-    name: str, clip: Path, frames: int, rounds: int, processes: int
-) -> tuple[str, float, float]:
-    times: dict[str, list[float]] = {"dpipe": [], "bare": []}
+    rounds: Rounds, name: str, clip: Path, frames: int, turns: int, processes: int
+) -> list[Goal]:
+    """Two stretches a process, whose bytes on disk are what is counted."""
+    jobs = [clip] * (2 * processes)
+    megabytes = clip.stat().st_size / 1e6 * frames / len(read_table(clip)) * len(jobs)
+    constant = [frames] * len(jobs), [256] * len(jobs), [256] * len(jobs)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for call in (ours, bare):  # start the processes and import, outside the clock
             list(pool.map(call, [clip] * processes, [2] * processes, [256] * processes, [256] * processes))
-        jobs = [clip] * (2 * processes)
-        constant = [frames] * len(jobs), [256] * len(jobs), [256] * len(jobs)
-        for _ in range(rounds):
-            for key, call in (("bare", bare), ("dpipe", ours)):
-                times[key].append(timed(lambda call=call: list(pool.map(call, jobs, *constant))))
-    median = {key: statistics.median(values) for key, values in times.items()}
-    count = frames * 2 * processes
-    print(f"{name} to 256x256 in {processes} processes: {count} frames")
-    for key in ("bare", "dpipe"):
-        print(f"  {key:24s} {median[key] * 1e3:10.1f} ms  {count / median[key]:10.0f} frames/s")
-    return f"{name} transcode / bare", median["bare"] / median["dpipe"], TRANSCODE_OVER_BARE
+
+        def speed(call: Callable[..., int]) -> Callable[[], float]:
+            return lambda: megabytes / seconds(lambda: list(pool.map(call, jobs, *constant)))
+
+        rounds.run(turns, {f"{name} bare transcoding": speed(bare), f"{name} transcoding": speed(ours)})
+    label = f"{name}: transcoding of bare in {processes} processes"
+    return [rounds.ratio(label, f"{name} transcoding", f"{name} bare transcoding", TRANSCODE_OVER_BARE)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter clips and fewer rounds")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=WORKERS)
     options = parser.parse_args()
     os.environ.setdefault("SVT_LOG", "1")  # read when the encoder starts: errors alone
-    rounds = 3 if options.quick else 7
-    ratios = []
+    turns = 3 if options.quick else 7
+    rounds, goals = Rounds(), []
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="dpipe-bench-") as name:
         folder = Path(name)
         # grain and crf are set for bit rates like the originals', 2 to 5 Mbit/s
@@ -198,13 +199,10 @@ def main() -> int:
             for clip in clips:
                 shutil.copyfile(original, clip)
             os.sync()
-            ratios += bench_copy(label, clips, frames, (height, width), folder, rounds)
+            goals += bench_copy(rounds, label, clips, frames, (height, width), folder, turns)
             stretch = min(frames, 60 if options.quick else 120)
-            ratios.append(bench_transcode(label, original, stretch, min(rounds, 5), options.processes))
-    missed = [label for label, ratio, goal in ratios if ratio < goal]
-    print("; ".join(f"{label} {ratio:.2f} (goal {goal:g})" for label, ratio, goal in ratios), end="")
-    print(f"; missed: {', '.join(missed)}" if missed else "; all met")
-    return 1 if missed else 0
+            goals += bench_transcode(rounds, label, original, stretch, min(turns, 5), options.processes)
+    return report("convert_video", goals, rounds, "MB/s", {"clips": 24})
 
 
 if __name__ == "__main__":

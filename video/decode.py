@@ -153,23 +153,26 @@ def choose_backend() -> tuple[str, str]:
 
 @cache
 def backend_problem(name: str) -> str | None:
-    """Why `name` cannot be used here: it decodes a small H.264 and a small AV1 clip, or says why not."""
-    with tempfile.TemporaryDirectory(prefix="dpipe-probe-") as folder:
-        for codec in (H264, AV1):
-            path = Path(folder) / f"{codec.name}.mp4"
-            grey = np.broadcast_to(np.array([60, 120, 180], np.uint8)[:, None, None, None], (3, 64, 64, 3))
-            with open(path.with_suffix(".bin"), "wb") as sink:
-                encoder = Encoder(codec, 64, 64, 10, sink)
-                encoder.write(grey)
-                clip = encoder.finish()
-            write_mp4(path, clip.sample_entry, 64, 64, 10, [clip.run(path.with_suffix(".bin"))])
+    """Why `name` cannot be used here: it decodes a small H.264 and a small AV1 clip, or says why not.
+
+    The clips lie in a file without a name: a process that is killed while a library tries leaves nothing behind.
+    """
+    for codec in (H264, AV1):
+        grey = np.broadcast_to(np.array([60, 120, 180], np.uint8)[:, None, None, None], (3, 64, 64, 3))
+        sink = io.BytesIO()
+        encoder = Encoder(codec, 64, 64, 10, sink)
+        encoder.write(grey)
+        clip = encoder.finish()
+        with tempfile.TemporaryFile() as file:
+            path = Path(f"/dev/fd/{file.fileno()}")
+            write_mp4(path, clip.sample_entry, 64, 64, 10, [clip.run(sink.getvalue())], sync=False)
             try:
                 with _open(path, name) as reader:
                     error = np.abs(reader.read([2, 0]).astype(int) - grey[[2, 0]]).max()
             except Exception as problem:  # noqa: BLE001 - a foreign library may fail in any way; say which
                 return f"{codec.name}: {type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
-            if error > 4:
-                return f"{codec.name}: colours differ by {error} grey levels from what was encoded"
+        if error > 4:
+            return f"{codec.name}: colours differ by {error} grey levels from what was encoded"
     return None
 
 
