@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,15 @@ import numpy as np
 from ..schemas.episode import Dropped
 from ..schemas.errors import DataError, UsageError
 from ..schemas.features import CAMERA_PREFIX, DEFAULT_FEATURES
-from ..streams.dataset import Dataset, contents_digest, open_dataset
-from .durable import exclusive, move_file, require_space, write_file, write_json
+from ..streams.dataset import Dataset, column_values, contents_digest, open_dataset
+from .durable import exclusive, move_file, require_space
 from .facts import read_dropped
 from .finish import STATISTICS_UP_TO
 from .outputs import sync_tree
 from .progress import Progress
+from .rearrange_parts import Plan, Written, write_part
 from .statistics import (
     arange_statistics,
-    column_statistics,
     dataset_statistics,
     histogram_statistics,
     weighted_statistics,
@@ -50,21 +51,18 @@ from .tables import (
     data_file,
     part_place,
     read_columns,
-    video_file,
     write_parquet,
     write_tasks,
 )
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
     from numpy.typing import NDArray
 
-    from ..video.mp4 import SampleTable
+PARTS_AT_A_TIME = 2
 
-PART_FRAMES = 16_384
-ROWS_AT_A_TIME = 8_192
-OPEN_TABLES = 8
+Pictures = dict[str, tuple["NDArray[np.int64]", "NDArray[np.int64]"]]
+"""By camera: grey levels [n, 768] and counted frames [n] of every episode."""
 
 
 @dataclass(frozen=True)
@@ -189,75 +187,6 @@ def _shown(value: Any) -> str:
 # --- writing --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Plan:
-    """The new dataset's episodes in order, as columns [n], and how they lie in parts."""
-
-    datasets: Sequence[Dataset]
-    owner: NDArray[np.int64]
-    episode: NDArray[np.int64]
-    split: list[str]
-    length: NDArray[np.int64]
-    tables: _Tables
-    part: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    tasks: list[str] = field(default_factory=list)
-    renumber: list[NDArray[np.int64]] = field(
-        default_factory=list
-    )  # by dataset: its task_index -> the new one
-    odd_tasks: dict[int, dict[str, Any]] = field(
-        default_factory=dict
-    )  # statistics where an episode has several
-
-    def __post_init__(self) -> None:
-        self.start = np.cumsum(self.length) - self.length
-
-    @property
-    def first(self) -> Dataset:
-        return self.datasets[0]
-
-    @property
-    def ours(self) -> bool:
-        return all(d.manifest is not None and "embodiment" in d.manifest for d in self.datasets)
-
-    @property
-    def videos(self) -> list[str]:
-        return [c for c in self.first.cameras if self.first.features[c]["dtype"] == "video"]
-
-    def parts(self) -> Iterator[tuple[int, list[int]]]:
-        for part in range(int(self.part[-1]) + 1):
-            yield part, np.flatnonzero(self.part == part).tolist()
-
-
-class _Tables:
-    """Sample tables of video files; the few read last are kept, and of every one what decides about joining."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Path, SampleTable] = OrderedDict()
-        self._entries: dict[Path, tuple[Any, ...]] = {}
-
-    def open(self, path: Path) -> SampleTable:
-        from ..video.mp4 import common_entry, read_table
-
-        if path not in self._kept:
-            if not path.is_file():
-                raise DataError(
-                    f"no video {path}\n  next: restore the file;  dpipe doctor says what else is missing"
-                )
-            table = read_table(path)
-            self._kept[path] = table
-            settings = (table.codec, table.width, table.height, common_entry(table.sample_entry))
-            self._entries[path] = settings
-            if len(self._kept) > OPEN_TABLES:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(path)
-        return self._kept[path]
-
-    def entry(self, path: Path) -> tuple[Any, ...]:
-        if path not in self._entries:
-            self.open(path)
-        return self._entries[path]
-
-
 def _write(
     datasets: Sequence[Dataset],
     pieces: Sequence[tuple[int, int]],
@@ -278,33 +207,43 @@ def _write(
         if out.resolve().is_relative_to(dataset.root.resolve()):
             raise UsageError(f"{out} lies inside {dataset.root}\n  next: choose another place with --out")
     plan = _plan(datasets, pieces, split)
-    share = [np.count_nonzero(plan.owner == d) / max(1, len(dataset)) for d, dataset in enumerate(datasets)]
-    needed = sum(s * _payload_bytes(dataset) for s, dataset in zip(share, datasets, strict=True))
-    require_space(out, int(needed), f"writing {len(pieces)} episodes")
+    require_space(out, int(_needed_bytes(plan, out)), f"writing {len(pieces)} episodes")
     partial = out.with_name(f".{out.name}.partial")
     with exclusive(partial, f"dpipe {recipe['command']}"):
         tree = partial / "tree"
         shutil.rmtree(tree, ignore_errors=True)  # of a run that was stopped
         tree.mkdir()
         progress.begin(recipe["command"], len(plan.length), "episodes")
-        for part, rows in plan.parts():
-            _write_videos(tree, plan, part, rows)
-            _write_rows(tree, plan, part, rows)
-            progress.advance(len(rows), int(plan.length[rows].sum()))
+        written = list(_write_parts(tree, plan, progress))
         progress.end()
         size = sum(
             p.stat().st_size for p in tree.rglob("*") if p.is_file() and p.suffix in (".mp4", ".parquet")
         )
-        _write_meta(tree, plan)
+        pictures = _pictures(plan)
+        _write_meta(tree, plan, written, pictures)
         if plan.ours:
-            _write_own(tree, plan, name, recipe, size)
+            _write_own(tree, plan, name, recipe, size, pictures)
         sync_tree(tree)
         move_file(tree, out)
     shutil.rmtree(partial, ignore_errors=True)
     return Made(out, len(plan.length), int(plan.length.sum()), size)
 
 
-def _plan(datasets: Sequence[Dataset], pieces: Sequence[tuple[int, int]], split: str) -> _Plan:
+def _write_parts(tree: Path, plan: Plan, progress: Progress) -> Iterator[Written]:
+    """What each part's writing has seen, in the order of parts, of which several are made at a time."""
+    with ThreadPoolExecutor(PARTS_AT_A_TIME) as pool:
+        parts = plan.parts()
+        under_way = [pool.submit(write_part, tree, plan, part, rows) for part, rows in parts]
+        try:
+            for (_, rows), future in zip(parts, under_way, strict=True):
+                yield future.result()
+                progress.advance(len(rows), int(plan.length[rows].sum()))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _plan(datasets: Sequence[Dataset], pieces: Sequence[tuple[int, int]], split: str) -> Plan:
     splits = [splits_of(dataset) for dataset in datasets]
     named = [split or splits[d][e] for d, e in pieces]
     # Train first, others as they are met, episodes of no split last.
@@ -315,14 +254,14 @@ def _plan(datasets: Sequence[Dataset], pieces: Sequence[tuple[int, int]], split:
     episode = np.array([pieces[i][1] for i in chosen], np.int64)
     lengths = [dataset.episodes.length for dataset in datasets]
     length = np.array([lengths[d][e] for d, e in zip(owner, episode, strict=True)], np.int64)
-    plan = _Plan(datasets, owner, episode, [named[i] for i in chosen], length, _Tables())
-    plan.part = _parts(plan)
     texts = [_task_texts(dataset) for dataset in datasets]
+    of_episode = [texts[d][e] for d, e in zip(owner.tolist(), episode.tolist(), strict=True)]
     # Sentences in the order in which episodes first use them, as a conversion numbers them.
-    plan.tasks = list(dict.fromkeys(t for d, e in zip(owner, episode, strict=True) for t in texts[d][e]))
-    number = {task: i for i, task in enumerate(plan.tasks)}
-    plan.renumber = [np.array([number.get(t, -1) for t in d.tasks] or [0], np.int64) for d in datasets]
-    return plan
+    tasks = list(dict.fromkeys(text for own in of_episode for text in own))
+    number = {task: i for i, task in enumerate(tasks)}
+    renumber = [np.array([number.get(t, -1) for t in d.tasks] or [0], np.int64) for d in datasets]
+    first_task = np.array([number[own[0]] if own else 0 for own in of_episode], np.int64)
+    return Plan(datasets, owner, episode, [named[i] for i in chosen], length, tasks, renumber, first_task)
 
 
 def _task_texts(dataset: Dataset) -> list[list[str]]:
@@ -334,20 +273,16 @@ def _task_texts(dataset: Dataset) -> list[list[str]]:
     return [list(texts or []) for texts in column.to_pylist()]
 
 
-def _parts(plan: _Plan) -> NDArray[np.int64]:
-    """[n] part of each episode: PART_FRAMES frames at most, and one set of codec settings a camera."""
-    part, frames, number = np.zeros(len(plan.length), np.int64), 0, 0
-    settings: tuple[Any, ...] | None = None
-    for i, (d, e) in enumerate(zip(plan.owner.tolist(), plan.episode.tolist(), strict=True)):
-        dataset = plan.datasets[d]
-        own = tuple(plan.tables.entry(dataset.video_path(e, camera)) for camera in plan.videos)
-        full = frames + int(plan.length[i]) > PART_FRAMES
-        if i and (full or own != settings):
-            number, frames = number + 1, 0
-        settings = own
-        frames += int(plan.length[i])
-        part[i] = number
-    return part
+def _needed_bytes(plan: Plan, out: Path) -> float:
+    """Of each source the share of the episodes taken from it, but for videos that are shared with it."""
+    there = next(folder for folder in out.resolve().parents if folder.exists())
+    shared = np.isin(plan.part, list(plan.whole))
+    needed = 0.0
+    for d, dataset in enumerate(plan.datasets):
+        linked = shared & (dataset.root.stat().st_dev == there.stat().st_dev)
+        share = np.count_nonzero((plan.owner == d) & ~linked) / max(1, len(dataset))
+        needed += share * _payload_bytes(dataset)
+    return needed
 
 
 def _payload_bytes(dataset: Dataset) -> int:
@@ -358,193 +293,18 @@ def _payload_bytes(dataset: Dataset) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _write_videos(tree: Path, plan: _Plan, part: int, rows: Sequence[int]) -> None:
-    from ..video.mp4 import copy_problem, copy_run, write_mp4
-
-    for camera in plan.videos:
-        runs, table = [], None
-        # Neighbours in one file lie together in it: one stretch to check and one to copy, in the kernel.
-        for run in _neighbours(plan, rows, int(plan.length.sum()) + 1, _video_place(camera)):
-            dataset, episode = plan.datasets[plan.owner[run[0]]], int(plan.episode[run[0]])
-            table = plan.tables.open(dataset.video_path(episode, camera))
-            first = int(dataset.episodes.cameras[camera].first_frame[episode])
-            frames = int(plan.length[run].sum())
-            problem = copy_problem(table, dataset.fps, first, frames)
-            if problem:
-                raise DataError(
-                    f"{table.path}: frames of episode {episode} cannot be cut out ({problem})\n"
-                    f"  next: convert {dataset.name} first, which encodes it again:  dpipe convert lerobot"
-                )
-            runs.append(copy_run(table, first, frames))
-        assert table is not None
-        path = tree / video_file(camera, part)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_mp4(path, table.sample_entry, table.width, table.height, plan.first.fps, runs, sync=False)
-
-
-# --- rows -----------------------------------------------------------------------------------------------------
-
-
-def _write_rows(tree: Path, plan: _Plan, part: int, rows: Sequence[int]) -> None:
-    """The part's data file and, where there are columns beside it, their file: a row group an episode."""
-    schema = _schema_of(plan.first)
-    readers: dict[Path, pq.ParquetFile] = {}
-    write_parquet(tree / data_file(part), _numbered(plan, rows, schema, readers), schema)
-    if not plan.ours or not plan.first.sidecar:
-        return
-    beside = tree / "dpipe" / "columns" / data_file(part).removeprefix("data/")
-    first = plan.first.sidecar_path(0)
-    own = _open(readers, first).schema_arrow.remove_metadata()
-    blocks = (table for _, table in _blocks(plan, rows, own, readers, Dataset.sidecar_path))
-    write_parquet(beside, blocks, own)
-
-
-def _schema_of(dataset: Dataset) -> pa.Schema:
-    """The recorder's form: fixed-size lists, Hugging Face's description where the dataset has it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    found = pq.read_schema(dataset.data_path(0))
-    fields = []
-    for name, told in dataset.features.items():
-        if told["dtype"] == "video":
-            continue
-        shape, there = list(told["shape"]), found.field(name).type
-        plain = pa.types.is_list(there) and len(shape) == 1 and not pa.types.is_nested(there.value_type)
-        if plain and told["dtype"] not in ("language", "string"):
-            there = pa.list_(there.value_type, shape[0])
-        fields.append(pa.field(name, there))
-    described = (found.metadata or {}).get(b"huggingface")
-    return pa.schema(fields, {b"huggingface": described} if described else None)
-
-
-def _numbered(
-    plan: _Plan, rows: Sequence[int], schema: pa.Schema, readers: dict[Path, pq.ParquetFile]
-) -> Iterator[pa.Table]:
-    import pyarrow as pa
-
-    for row, table in _blocks(plan, rows, schema, readers, Dataset.data_path):
-        frames = int(plan.length[row])
-        old = np.asarray(table.column("task_index").to_numpy())
-        tasks = plan.renumber[plan.owner[row]][old]
-        if tasks.min() < 0:
-            raise DataError(
-                f"{plan.datasets[plan.owner[row]].root}: rows of episode {plan.episode[row]} carry an instruction that "
-                "meta/episodes does not list\n  next: dpipe doctor says what else disagrees"
-            )
-        if len(np.unique(tasks)) > 1:
-            plan.odd_tasks[row] = column_statistics(tasks)
-        for name, values in (
-            ("episode_index", np.full(frames, row, np.int64)),
-            ("index", np.arange(frames, dtype=np.int64) + plan.start[row]),
-            ("task_index", tasks),
-        ):
-            place = table.schema.get_field_index(name)
-            table = table.set_column(place, schema.field(name), pa.array(values))
-        yield table
-
-
-def _blocks(
-    plan: _Plan,
-    rows: Sequence[int],
-    schema: pa.Schema,
-    readers: dict[Path, pq.ParquetFile],
-    place: Callable[[Dataset, int], Path],
-) -> Iterator[tuple[int, pa.Table]]:
-    """(row, its episode's table) in order; neighbours in one file are read in one go, some thousand rows at most."""
-    import pyarrow as pa
-
-    images = any(told["dtype"] == "image" for told in plan.first.features.values())
-    most = 1 if images else ROWS_AT_A_TIME
-    for run in _neighbours(plan, rows, most, _row_place):
-        dataset = plan.datasets[plan.owner[run[0]]]
-        first, last = int(plan.episode[run[0]]), int(plan.episode[run[-1]])
-        start = int(dataset.episodes.first_row[first])
-        stop = int(dataset.episodes.first_row[last] + dataset.episodes.length[last])
-        path = place(dataset, first)
-        file = _open(readers, path)
-        ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
-        if not len(ends) or stop > ends[-1]:
-            raise DataError(f"{path} ends before row {stop}\n  next: dpipe doctor {dataset.root}")
-        a, b = (int(np.searchsorted(ends, at, side="right")) for at in (start, stop - 1))
-        table = file.read_row_groups(list(range(a, b + 1)), columns=schema.names).select(schema.names)
-        table = table.slice(start - (int(ends[a - 1]) if a else 0), stop - start)
-        if not table.schema.equals(schema):
-            try:
-                table = table.cast(schema)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise DataError(
-                    f"{path}: columns of other types than in {plan.first.root}\n  found: {error}"
-                ) from error
-        table = table.replace_schema_metadata(schema.metadata)
-        at = 0
-        for row in run:
-            yield row, table.slice(at, int(plan.length[row]))
-            at += int(plan.length[row])
-
-
-def _neighbours(
-    plan: _Plan, rows: Sequence[int], most: int, place: Callable[[Dataset, int], tuple[int, int, int]]
-) -> Iterator[list[int]]:
-    """Runs of rows whose episodes follow one another in one file, of little more than `most` frames each.
-
-    `place` gives an episode's (chunk, file, first frame or row in it).
-    """
-    run: list[int] = []
-    frames = 0
-    for row in rows:
-        if run:
-            last, dataset = run[-1], plan.datasets[plan.owner[row]]
-            follows = plan.owner[row] == plan.owner[last]
-            if follows:
-                chunk, file, first = place(dataset, int(plan.episode[last]))
-                there = (chunk, file, first + int(plan.length[last]))
-                follows = place(dataset, int(plan.episode[row])) == there
-            if not follows or frames >= most:
-                yield run
-                run, frames = [], 0
-        run.append(row)
-        frames += int(plan.length[row])
-    if run:
-        yield run
-
-
-def _row_place(dataset: Dataset, episode: int) -> tuple[int, int, int]:
-    own = dataset.episodes
-    return int(own.data_chunk[episode]), int(own.data_file[episode]), int(own.first_row[episode])
-
-
-def _video_place(camera: str) -> Callable[[Dataset, int], tuple[int, int, int]]:
-    def place(dataset: Dataset, episode: int) -> tuple[int, int, int]:
-        own = dataset.episodes.cameras[camera]
-        return int(own.chunk[episode]), int(own.file[episode]), int(own.first_frame[episode])
-
-    return place
-
-
-def _open(readers: dict[Path, pq.ParquetFile], path: Path) -> pq.ParquetFile:
-    import pyarrow.parquet as pq
-
-    if path not in readers:
-        for old in list(readers)[: max(0, len(readers) - OPEN_TABLES)]:
-            readers.pop(old).close()
-        try:
-            readers[path] = pq.ParquetFile(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as Parquet\n  found: {error}") from error
-    return readers[path]
-
-
 # --- metadata -------------------------------------------------------------------------------------------------
 
 
-def _write_meta(tree: Path, plan: _Plan) -> None:
-    write_tasks(tree / "meta" / "tasks.parquet", plan.tasks)
-    table = _episodes_table(plan)
+def _write_meta(tree: Path, plan: Plan, written: Sequence[Written], pictures: Pictures) -> None:
+    odd_tasks = {row: told for each in written for row, told in each.odd_tasks.items()}
+    write_tasks(tree / "meta" / "tasks.parquet", plan.tasks, sync=False)
+    table = _episodes_table(plan, odd_tasks)
     for index, first in enumerate(range(0, len(table), EPISODES_PER_FILE)):
         piece = table.slice(first, EPISODES_PER_FILE)
-        write_parquet(tree / EPISODES_PATH.format(chunk_index=0, file_index=index), [piece], piece.schema)
-    write_json(tree / "meta" / "stats.json", _statistics(tree, plan, table))
+        path = tree / EPISODES_PATH.format(chunk_index=0, file_index=index)
+        write_parquet(path, [piece], piece.schema, sync=False)
+    _write_json(tree / "meta" / "stats.json", _statistics(tree, plan, table, written, pictures))
     info = dict(plan.first.info)
     info |= {
         "total_episodes": len(plan.length),
@@ -555,7 +315,12 @@ def _write_meta(tree: Path, plan: _Plan) -> None:
         "video_path": VIDEO_PATH if plan.videos else None,
         "splits": _ranges(plan.split),
     }
-    write_json(tree / "meta" / "info.json", info, indent=4)
+    _write_json(tree / "meta" / "info.json", info, indent=4)
+
+
+def _write_json(path: Path, value: Any, indent: int = 1) -> None:
+    """Without waiting for the disk: the whole tree is synced before it gets its name."""
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _ranges(splits: Sequence[str]) -> dict[str, str]:
@@ -566,7 +331,7 @@ def _ranges(splits: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _episodes_table(plan: _Plan) -> pa.Table:
+def _episodes_table(plan: Plan, odd_tasks: Mapping[int, Mapping[str, Any]]) -> pa.Table:
     """meta/episodes: what sources say of an episode, under its new number and at its new place."""
     import pyarrow as pa
 
@@ -599,7 +364,7 @@ def _episodes_table(plan: _Plan) -> pa.Table:
         counted = set()
     columns: dict[str, Any] = {name: values for name, values in places.items() if values is not None}
     columns["tasks"] = kept.column("tasks")
-    own = _recounted(plan, counted)
+    own = _recounted(plan, counted, odd_tasks)
     for name in kept.column_names:
         if name not in ("tasks", "split", "source_id"):
             columns[name] = own.get(name, kept.column(name))
@@ -612,14 +377,14 @@ def _episodes_table(plan: _Plan) -> pa.Table:
     return pa.table({name: columns[name] for name in order})
 
 
-def _first_frames(plan: _Plan) -> NDArray[np.int64]:
+def _first_frames(plan: Plan) -> NDArray[np.int64]:
     """[n] first frame of each episode inside its part's video."""
     new = np.diff(plan.part, prepend=-1) != 0
     base = np.maximum.accumulate(np.where(new, plan.start, 0))
     return plan.start - base
 
 
-def _kept_columns(plan: _Plan, replaced: set[str]) -> pa.Table:
+def _kept_columns(plan: Plan, replaced: set[str]) -> pa.Table:
     """Columns of meta/episodes that every source has and that still hold, by the new order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -638,12 +403,14 @@ def _kept_columns(plan: _Plan, replaced: set[str]) -> pa.Table:
     return merged.take(pa.array(np.argsort(np.argsort(plan.owner, kind="stable"), kind="stable")))
 
 
-def _recounted(plan: _Plan, counted: set[str]) -> dict[str, pa.Array]:
+def _recounted(
+    plan: Plan, counted: set[str], odd_tasks: Mapping[int, Mapping[str, Any]]
+) -> dict[str, pa.Array]:
     """stats/ columns of an episode's global numbers, in closed form."""
     import pyarrow as pa
 
     n = plan.length.astype(np.float64)
-    numbers = np.array([int(plan.renumber[d][_first_task(plan, i)]) for i, d in enumerate(plan.owner)], float)
+    numbers = plan.first_task.astype(np.float64)
     spans = {
         "index": (plan.start.astype(np.float64), n - 1),
         "episode_index": (np.arange(len(n), dtype=np.float64), np.zeros(len(n))),
@@ -664,7 +431,7 @@ def _recounted(plan: _Plan, counted: set[str]) -> dict[str, pa.Array]:
         for statistic in STATISTICS:
             column = np.array(values[statistic])
             if name == "task_index":
-                for row, own in plan.odd_tasks.items():
+                for row, own in odd_tasks.items():
                     column[row] = own[statistic][0]
             offsets = pa.array(np.arange(len(n) + 1, dtype=np.int32))
             result[f"stats/{name}/{statistic}"] = pa.ListArray.from_arrays(offsets, pa.array(column))
@@ -674,20 +441,14 @@ def _recounted(plan: _Plan, counted: set[str]) -> dict[str, pa.Array]:
 _SHARES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 
-def _first_task(plan: _Plan, row: int) -> int:
-    """An episode's task by its dataset's own numbering."""
-    dataset = plan.datasets[plan.owner[row]]
-    texts = dataset.episodes.tasks(int(plan.episode[row]))
-    return dataset.tasks.index(texts[0]) if texts else 0
-
-
-def source_ids(plan: _Plan) -> list[str]:
+def source_ids(plan: Plan) -> list[str]:
     """Where each episode came from; where two datasets name one alike, the dataset's name goes before it."""
-    own = [plan.datasets[d].episodes.source_id(int(e)) for d, e in zip(plan.owner, plan.episode, strict=True)]
-    seen = {name: own.count(name) for name in set(own)} if len(set(own)) < len(own) else {}
+    named = [_source_ids(dataset) for dataset in plan.datasets]
+    own = [named[d][e] for d, e in zip(plan.owner.tolist(), plan.episode.tolist(), strict=True)]
+    seen = Counter(own)
     result = []
     for d, name in zip(plan.owner, own, strict=True):
-        result.append(f"{plan.datasets[d].name}:{name}" if seen.get(name, 1) > 1 else name)
+        result.append(f"{plan.datasets[d].name}:{name}" if seen[name] > 1 else name)
     twice = {}
     for i, name in enumerate(result):
         twice[name] = twice.get(name, 0) + 1
@@ -696,24 +457,31 @@ def source_ids(plan: _Plan) -> list[str]:
     return result
 
 
+def _source_ids(dataset: Dataset) -> list[str]:
+    column = dataset.episodes.text.column("source_id")
+    return [""] * len(dataset) if column is None else [name or "" for name in column.to_pylist()]
+
+
 # --- statistics -----------------------------------------------------------------------------------------------
 
 
-def _statistics(tree: Path, plan: _Plan, episodes: pa.Table) -> dict[str, Any]:
+def _statistics(
+    tree: Path, plan: Plan, episodes: pa.Table, written: Sequence[Written], pictures: Pictures
+) -> dict[str, Any]:
     """meta/stats.json: exact over every row of the new dataset; pictures by what was counted before."""
     files = [tree / data_file(part) for part in range(int(plan.part[-1]) + 1)]
 
     def blocks(name: str) -> Iterator[NDArray[Any]]:
+        if name in plan.counted:
+            yield from (each.values[name] for each in written)
+            return
         for path in files:
-            column = read_columns(path, [name]).column(name).combine_chunks()
-            while hasattr(column, "flatten") and column.type.num_fields:
-                column = column.flatten()
-            dim = int(np.prod(plan.first.features[name]["shape"]))
-            yield np.asarray(column).reshape(-1, dim)
+            column = read_columns(path, [name]).column(name)
+            yield column_values(column, plan.first.features[name], f"'{name}' in {path}")
 
     result: dict[str, Any] = {}
     for camera in plan.first.cameras:
-        found = _picture_statistics(plan, camera, episodes)
+        found = _picture_statistics(plan, camera, episodes, pictures)
         if found is not None:
             result[camera] = found
     for name in plan.first.vectors:
@@ -732,20 +500,16 @@ def _statistics(tree: Path, plan: _Plan, episodes: pa.Table) -> dict[str, Any]:
     return result | {name: own[name] for name in DEFAULT_FEATURES if name in plan.first.features}
 
 
-def _picture_statistics(plan: _Plan, camera: str, episodes: pa.Table) -> dict[str, Any] | None:
+def _picture_statistics(
+    plan: Plan, camera: str, episodes: pa.Table, pictures: Pictures
+) -> dict[str, Any] | None:
     """Of one camera: from grey levels counted at conversion; else from statistics of episodes, or of the sources.
 
     Statistics merge exactly but for the quantiles, which become weighted means; doctor allows for that.
     """
-    counted = [histograms(d, camera) for d in plan.datasets]
-    if all(found is not None for found in counted):
-        total, frames = np.zeros((3, 256), np.int64), 0
-        for d, found in enumerate(counted):
-            assert found is not None
-            chosen = plan.episode[plan.owner == d]
-            total += found[0][chosen].sum(axis=0).reshape(3, 256)
-            frames += int(found[1][chosen].sum())
-        return histogram_statistics(total, frames)
+    if camera in pictures:
+        levels, frames = pictures[camera]
+        return histogram_statistics(levels.sum(axis=0).reshape(3, 256), int(frames.sum()))
     if f"stats/{camera}/mean" in episodes.column_names:
         each = {s: episodes.column(f"stats/{camera}/{s}").to_pylist() for s in STATISTICS}
         rows = [{s: each[s][i] for s in STATISTICS} for i in range(len(episodes))]
@@ -777,6 +541,24 @@ def _merged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {name: values.reshape(-1, 1, 1).tolist() for name, values in found.items()}
     result["count"] = [int(weight.sum())]
     return {name: result[name] for name in STATISTICS if name in result}
+
+
+def _pictures(plan: Plan) -> Pictures:
+    """Histograms of every episode of the plan, of cameras that all sources have counted."""
+    found: Pictures = {}
+    for camera in plan.videos:
+        counted = [histograms(dataset, camera) for dataset in plan.datasets]
+        first = next((each for each in counted if each is not None), None)
+        if first is None or any(each is None for each in counted):
+            continue
+        levels = np.empty((len(plan.length), first[0].shape[1]), np.int64)
+        frames = np.empty(len(plan.length), np.int64)
+        for d, each in enumerate(counted):
+            assert each is not None
+            mine = plan.owner == d
+            levels[mine], frames[mine] = each[0][plan.episode[mine]], each[1][plan.episode[mine]]
+        found[camera] = levels, frames
+    return found
 
 
 def histograms(dataset: Dataset, camera: str) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -831,22 +613,24 @@ def _journal_pictures(dataset: Dataset, wanted: Sequence[str]) -> pa.Table | Non
 # --- our own folder -------------------------------------------------------------------------------------------
 
 
-def _write_own(tree: Path, plan: _Plan, name: str, recipe: Mapping[str, Any], size: int) -> None:
+def _write_own(
+    tree: Path, plan: Plan, name: str, recipe: Mapping[str, Any], size: int, pictures: Pictures
+) -> None:
     """dpipe/ of the new dataset: tables by the new numbers, the manifest with where it came from, last."""
 
     own = tree / "dpipe"
     contents = [d.contents() for d in plan.datasets]
     content = [contents[d][e] for d, e in zip(plan.owner, plan.episode, strict=True)]
     table = _own_episodes(plan, content)
-    write_parquet(own / "episodes.parquet", [table], table.schema)
+    write_parquet(own / "episodes.parquet", [table], table.schema, sync=False)
     segments = _segments(plan)
-    write_parquet(own / "segments.parquet", [segments], segments.schema)
-    counted = _kept_histograms(plan)
-    if counted is not None:
-        write_parquet(own / "pictures.parquet", [counted], counted.schema)
+    write_parquet(own / "segments.parquet", [segments], segments.schema, sync=False)
+    if pictures and set(pictures) == set(plan.videos):
+        counted = _pictures_table(plan, pictures)
+        write_parquet(own / "pictures.parquet", [counted], counted.schema, sync=False)
     dropped = _dropped(plan)
     lines = "".join(json.dumps(d.to_json(), ensure_ascii=False) + "\n" for d in dropped)
-    write_file(own / "dropped.jsonl", lines.encode())
+    (own / "dropped.jsonl").write_text(lines, encoding="utf-8")
     manifests = [d.manifest or {} for d in plan.datasets]
     digest = contents_digest(content)
     first_frame = np.unique(plan.part, return_index=True)[1]
@@ -880,11 +664,11 @@ def _write_own(tree: Path, plan: _Plan, name: str, recipe: Mapping[str, Any], si
     }
     from .card import dataset_card
 
-    write_file(tree / "README.md", dataset_card(manifest, plan.tasks, dropped).encode())
-    write_json(own / "manifest.json", manifest)
+    (tree / "README.md").write_text(dataset_card(manifest, plan.tasks, dropped), encoding="utf-8")
+    _write_json(own / "manifest.json", manifest)
 
 
-def _own_episodes(plan: _Plan, content: Sequence[str]) -> pa.Table:
+def _own_episodes(plan: Plan, content: Sequence[str]) -> pa.Table:
     import pyarrow as pa
 
     n = len(plan.length)
@@ -912,7 +696,7 @@ def _own_episodes(plan: _Plan, content: Sequence[str]) -> pa.Table:
     )
 
 
-def _segments(plan: _Plan) -> pa.Table:
+def _segments(plan: Plan) -> pa.Table:
     """Segments of the episodes taken, in their order, under the new numbers."""
     import pyarrow as pa
 
@@ -932,26 +716,20 @@ def _segments(plan: _Plan) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _kept_histograms(plan: _Plan) -> pa.Table | None:
+def _pictures_table(plan: Plan, pictures: Pictures) -> pa.Table:
     import pyarrow as pa
 
-    columns: dict[str, Any] = {"episode_index": pa.array(np.arange(len(plan.length)))}
-    for camera in plan.videos:
-        counted = [histograms(d, camera) for d in plan.datasets]
-        if any(found is None for found in counted):
-            return None
-        pairs = list(zip(plan.owner.tolist(), plan.episode.tolist(), strict=True))
-        levels = np.stack([counted[d][0][e] for d, e in pairs])  # type: ignore[index]
-        frames = np.array([counted[d][1][e] for d, e in pairs], np.int64)  # type: ignore[index]
+    count = len(plan.length)
+    columns: dict[str, Any] = {"episode_index": pa.array(np.arange(count))}
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * 768)
+    for camera, (levels, frames) in pictures.items():
         key = camera.removeprefix(CAMERA_PREFIX)
-        flat = pa.array(levels.reshape(-1))
-        offsets = pa.array(np.arange(len(pairs) + 1, dtype=np.int32) * 768)
-        columns[f"histogram/{key}"] = pa.ListArray.from_arrays(offsets, flat)
+        columns[f"histogram/{key}"] = pa.ListArray.from_arrays(offsets, pa.array(levels.reshape(-1)))
         columns[f"counted/{key}"] = pa.array(frames)
-    return pa.table(columns) if plan.videos else None
+    return pa.table(columns)
 
 
-def _dropped(plan: _Plan) -> list[Dropped]:
+def _dropped(plan: Plan) -> list[Dropped]:
     """What the conversions had left out is still left out."""
     found = [each for dataset in plan.datasets for each in read_dropped(dataset.root)]
     unique = {(d.split, d.source_id, d.reason): d for d in found}

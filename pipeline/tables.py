@@ -172,16 +172,20 @@ def _repeated(rows: Sequence[Mapping[str, Any]], frames: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.arange(frames + 1, dtype=np.int32) * len(rows)), values)
 
 
-def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    """Write tables as one row group each (LeRobot's: an episode is a row group), whole or not at all."""
+def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, sync: bool = True) -> None:
+    """Write tables as one row group each (LeRobot's: an episode is a row group), whole or not at all.
+
+    Without `sync` neither: the caller writes a tree that gets its name when all of it is on disk.
+    """
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = temporary_name(path) if sync else path
     with pq.ParquetWriter(temporary, schema, compression="snappy", use_dictionary=True) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
-    commit(temporary, path)
+    if sync:
+        commit(temporary, path)
 
 
 def read_columns(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -199,7 +203,7 @@ def numbers_of(column: pa.ChunkedArray | Sequence[pa.Array]) -> NDArray[Any]:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
-def write_tasks(path: Path, tasks: Sequence[str]) -> None:
+def write_tasks(path: Path, tasks: Sequence[str], sync: bool = True) -> None:
     """meta/tasks.parquet: row i is task_index i, the sentence is the pandas index (lerobot reads it by position).
 
     The pandas metadata is written by hand: without it lerobot returns the number 0 as the task, and pandas is
@@ -242,7 +246,7 @@ def write_tasks(path: Path, tasks: Sequence[str]) -> None:
     table = pa.table(
         [pa.array(range(len(tasks)), pa.int64()), pa.array(list(tasks), pa.string())], schema=schema
     )
-    write_parquet(path, [table], schema)
+    write_parquet(path, [table], schema, sync)
 
 
 def statistics_type(camera: bool, name: str) -> pa.DataType:

@@ -243,7 +243,7 @@ class Dataset:
                 table = self._read_rows(place, rows, group)
                 for name in group:
                     told = self._feature(name)
-                    blocks[name].append(_to_numpy(table.column(name), told, f"'{name}' in {place}"))
+                    blocks[name].append(column_values(table.column(name), told, f"'{name}' in {place}"))
         return {
             name: (
                 found[0]
@@ -777,7 +777,7 @@ def _runs(chosen: NDArray[np.int64], episodes: Episodes) -> list[range]:
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(chosen)], strict=True)]
 
 
-def _to_numpy(column: pa.ChunkedArray, told: Mapping[str, Any], where: str) -> NDArray[Any]:
+def column_values(column: pa.ChunkedArray, told: Mapping[str, Any], where: str) -> NDArray[Any]:
     """Arrow column -> [n], [n, D] or [n, ...]; lists of any Arrow kind, all of the declared size."""
     import pyarrow as pa
 
