@@ -125,23 +125,24 @@ class Normaliser:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def normalise(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
-        """Native [..., D] -> normalised [..., D] float64. Non-finite values stay non-finite."""
+        """Native [..., D] -> normalised [..., D] float64, a view of [D, ...]. Non-finite values stay non-finite."""
         native = self._checked(values)
+        others = {d: native[d].copy() for d, kind in enumerate(self.kinds) if kind != SCALED}
         result = self._formula(native)
-        for d, kind in enumerate(self.kinds):
-            own, low, high = native[..., d], self.low[d], self.high[d]
+        for d, own in others.items():
+            kind, low, high = self.kinds[d], self.low[d], self.high[d]
             if kind == BINARY:
                 two = np.where(own > (low + high) / 2, 1.0, -1.0)
-                result[..., d] = np.where(np.isfinite(own), two, own)
+                result[d] = np.where(np.isfinite(own), two, own)
             elif kind == BOUNDS:
-                result[..., d] = np.clip(2 * (own - low) / (high - low if high > low else 1.0) - 1, -1.0, 1.0)
-            elif kind == RAW:
-                result[..., d] = own
-        return result
+                result[d] = np.clip(2 * (own - low) / (high - low if high > low else 1.0) - 1, -1.0, 1.0)
+            else:
+                result[d] = own
+        return np.moveaxis(result, 0, -1)
 
     def denormalise(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
         """Normalised [..., D] -> native [..., D]; exact inverse of what was neither clipped nor constant."""
-        normal = self._shaped(values)
+        normal = self._shaped(values).astype(np.float64)
         low, high = np.array(self.low), np.array(self.high)
         mode = MODES[self.mode]
         if mode.low == "mean":
@@ -163,9 +164,9 @@ class Normaliser:
         """Where native values [..., D] lie beyond what the clip keeps; the fastest motion usually does."""
         native = self._checked(values)
         if self.clip is None:
-            return np.zeros(native.shape, dtype=bool)
+            return np.zeros(values.shape, dtype=bool)
         beyond = np.abs(self._formula(native, clip=False)) > self.clip * (1 + 1e-12)
-        return beyond & np.array(self.mask)
+        return np.moveaxis(beyond, 0, -1) & np.array(self.mask)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -189,19 +190,22 @@ class Normaliser:
         return normaliser
 
     def _formula(self, native: NDArray[np.float64], clip: bool = True) -> NDArray[np.float64]:
-        """The mode's formula on every dimension, in a new array; written in place because it is what costs."""
+        """The mode's formula on every dimension of [D, ...], in place: fresh memory is what costs."""
         mode = MODES[self.mode]
         if self.mode == "identity":
-            return native.copy()
-        result = native - np.array(self.low)
+            return native
+        still = {d: native[d].copy() for d in np.flatnonzero(self.constant).tolist()}
+        column = (self.dim,) + (1,) * (native.ndim - 1)
+        result = native
+        result -= np.array(self.low).reshape(column)
         if mode.low != "mean":
             result *= 2
-        result /= self._divisor()
+        result /= self._divisor().reshape(column)
         if mode.low != "mean":
             result -= 1
-        if any(self.constant) and mode.constant != "formula":
-            still = np.array(self.constant) & np.isfinite(native)
-            result = np.where(still, 0.0 if mode.constant == "zero" else native, result)
+        for d, own in still.items() if mode.constant != "formula" else ():
+            answer = 0.0 if mode.constant == "zero" else own
+            result[d] = np.where(np.isfinite(own), answer, result[d])
         if self.clip is not None and clip:
             np.clip(result, -self.clip, self.clip, out=result)
         return result
@@ -215,17 +219,19 @@ class Normaliser:
         # Dimensions of another kind, and still ones under a mode without eps, are never read from here.
         return np.where(span == 0, 1.0, span)
 
-    def _shaped(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
-        wide = np.asarray(values, dtype=np.float64)
-        if wide.ndim == 0 or wide.shape[-1] != self.dim:
-            raise ValueError(f"values of shape {wide.shape} for a normaliser of {self.dim} dimensions")
-        return wide
+    def _shaped(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        given = np.asarray(values)
+        if given.ndim == 0 or given.shape[-1] != self.dim:
+            raise ValueError(f"values of shape {given.shape} for a normaliser of {self.dim} dimensions")
+        return given
 
     def _checked(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
-        native = self._shaped(values)
+        """[..., D] -> a copy [D, ...]: an operation with a number a dimension is far quicker along long rows."""
+        native = np.array(np.moveaxis(self._shaped(values), -1, 0), dtype=np.float64, order="C")
         if self.mode == "identity":
-            worst = np.where(np.isfinite(native) & np.array(self.mask), np.abs(native), 0.0)
-            worst = worst.reshape(-1, self.dim).max(axis=0, initial=0.0)
+            flat = native.reshape(self.dim, -1)
+            worst = np.where(np.isfinite(flat), np.abs(flat), 0.0).max(axis=1, initial=0.0)
+            worst = np.where(self.mask, worst, 0.0)
             if (worst > 1 + IDENTITY_SLACK).any():
                 dim = int(worst.argmax())
                 name = self.names[dim] if self.names else f"dimension {dim}"

@@ -233,7 +233,7 @@ class Source:
             batch |= self.targets.take(episode=places.episode, frame=places.frame)
         for name, normaliser in spec.normalise.items():
             if name in batch:
-                batch[name] = normaliser.normalise(batch[name]).astype(np.float32)
+                batch[name] = normaliser.normalise(batch[name]).astype(np.float32, order="C")
         batch["index"], batch["episode_index"], batch["frame_index"] = (
             places.row,
             places.episode,

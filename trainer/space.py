@@ -98,7 +98,7 @@ def to_tensors(
         "state": state[:, None] if state.ndim == 2 else state,
         "images": [],
         "text": (words or text_ids)(batch.get("task", [""] * rows)),
-        "action": torch.from_numpy(space.action.normalise(batch["action"]).astype(np.float32)),
+        "action": torch.from_numpy(space.action.normalise(batch["action"]).astype(np.float32, order="C")),
         "is_pad": torch.from_numpy(np.asarray(batch["action_is_pad"], dtype=bool)),
         "dims": torch.from_numpy(np.asarray(batch.get("action_dims", space.mask), dtype=bool)),
     }
