@@ -168,10 +168,9 @@ def plan_targets(
     for stage in stages:
         cost = costs[stage]
         folder, todo, why = _waiting_parts(dataset, stage, params.get(stage, {}), out, name)
-        parts = dataset.parts()
-        episodes = sum(len(parts[part]) for part in todo)
+        episodes = sum(map(len, todo))
         lengths = dataset.episodes.length
-        frames = int(sum(lengths[parts[part].start : parts[part].stop].sum() for part in todo))
+        frames = int(sum(lengths[part.start : part.stop].sum() for part in todo))
         share = frames / max(1, dataset.total_frames)
         steps.append(
             Step(
@@ -245,12 +244,11 @@ def plan_training(recipe: str, roots: Sequence[Path], run_dir: Path, steps: int 
 
 def _waiting_parts(
     dataset: Any, stage: str, params: Mapping[str, Any], out: Path | None, name: str
-) -> tuple[Path, list[int], tuple[str, ...]]:
-    """(folder, parts to be made, why) of one target as it stands."""
+) -> tuple[Path, list[range], tuple[str, ...]]:
+    """(folder, episodes of the parts to be made, why) of one target as it stands."""
     from ..stages import build_params, load_stage
-    from .precompute import TARGETS, target_parts
+    from .precompute import TARGETS, waiting_episodes
 
-    every = list(range(len(dataset.parts())))
     if stage == "shards":
         from ..streams.shard_format import ShardOptions
         from .shards import parts_waiting
@@ -258,18 +256,16 @@ def _waiting_parts(
         options = ShardOptions(**asdict(build_params(load_stage("shards"), params)))
         base = dataset.root / "dpipe" / "shards" if out is None else out / "shards"
         folder = base / (name or options.variant)
-        waiting = parts_waiting(dataset, folder, options)
+        parts = dataset.parts()
+        waiting = [parts[number] for number in parts_waiting(dataset, folder, options)]
     else:
-        folder, waiting = target_parts(dataset, stage, params, out or dataset.root / TARGETS, name)
+        folder, waiting = waiting_episodes(dataset, stage, params, out or dataset.root / TARGETS, name)
     if not waiting:
         return folder, [], ()
     if not folder.is_dir():
-        return folder, every, ("it does not exist yet",)
-    return (
-        folder,
-        waiting,
-        (f"{len(waiting)} of {len(every)} parts have no receipt for the episodes they hold now",),
-    )
+        return folder, waiting, ("it does not exist yet",)
+    lacking = sum(map(len, waiting))
+    return folder, waiting, (f"{lacking} of {len(dataset)} episodes are in parts without a receipt",)
 
 
 # --- all steps ------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ from .stage_view import DiskDataset
 from .target_parts import (
     PartJob,
     array_path,
+    cut_parts,
     expected_bytes,
     load_prepared,
     make_part,
@@ -287,7 +288,7 @@ class _TargetRun:
         settled = prepared_digest(prepared)
         terms = digest_of([str(self.folder), self.terms, settled, contents_digest(self.contents)])
         jobs = []
-        for part, episodes in enumerate(self.dataset.parts()):
+        for part, episodes in enumerate(cut_parts(self.dataset, self.stage.pointwise(self.params))):
             contents = tuple(self.contents[e] for e in episodes)
             lengths = [int(self.dataset.episodes.length[e]) for e in episodes]
             text = canonical_json([self.terms, settled, contents, lengths, self.pixels, self.compress])
@@ -394,10 +395,10 @@ class _TargetRun:
         return done
 
 
-def target_parts(
+def waiting_episodes(
     dataset: Dataset, stage_name: str, params: Mapping[str, Any], base: Path, name: str = ""
-) -> tuple[Path, list[int]]:
-    """(folder, parts still to be made) of a target as it stands; nothing is written."""
+) -> tuple[Path, list[range]]:
+    """(folder, episodes of the parts still to be made) of a target as it stands; nothing is written."""
     stage = load_stage(stage_name)
     run = _TargetRun(
         dataset, stage, build_params(stage, params), base, name, False, None, Progress(quiet=True)
@@ -406,10 +407,11 @@ def target_parts(
     path = run.folder / "prepared.json"
     saved = read_json(path) if path.is_file() else {"fitted_on": []}
     if not set(saved["fitted_on"]) & set(run.contents):
-        return run.folder, list(range(len(dataset.parts())))
+        return run.folder, cut_parts(dataset, stage.pointwise(run.params))
     prepared = load_prepared(run.folder, saved)
     specs = stage.makes(run.params, run.view.info, prepared)
-    return run.folder, [job.part for job in run.jobs(prepared) if not run.is_done(job, specs)]
+    waiting = [job.episodes for job in run.jobs(prepared) if not run.is_done(job, specs)]
+    return run.folder, [range(episodes[0], episodes[-1] + 1) for episodes in waiting]
 
 
 def _with_copies(job: PartJob, copies: Mapping[str, Any], level: int | None) -> PartJob:

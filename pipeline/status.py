@@ -163,7 +163,7 @@ def _targets(space: Workspace, root: Path, dataset: Dataset) -> Iterator[State]:
         again = f"run dpipe precompute {stage} again"
         if not (folder / "contract.json").is_file():
             done = len(list((folder / "parts").glob("part-*.json")))
-            detail = f"{done} of {len(dataset.parts())} parts done; {again}"
+            detail = f"{done} parts done; {again}"
             yield State("target", name, "partial", detail, folder)
             continue
         contents = contents if contents is not None else set(dataset.contents())

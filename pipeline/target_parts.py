@@ -17,7 +17,7 @@ import numpy as np
 from ..schemas.contract import ArraySpec
 from ..stages import EpisodeView, FrameWish, Prepared, Run, Stage, load_stage
 from ..streams.arrays import ArrayWriter, open_array
-from ..streams.dataset import open_dataset
+from ..streams.dataset import Dataset, open_dataset
 from .durable import temporary_name, write_json
 from .stage_view import DiskDataset, DiskEpisode, decode_ahead
 
@@ -28,6 +28,8 @@ WAITING_BLOCKS = 4
 COPIED_ROWS = 1024
 # Parts below this are synced once, together, before the contract; until then a rerun checks their digests.
 DURABLE_BYTES = 32 * 2**20
+# Work that takes microseconds a frame goes through several data parts at once: creating files is what it costs.
+POINTWISE_FRAMES = 131_072
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ class PartJob:
     level: int | None = None
 
 
+def cut_parts(dataset: Dataset, pointwise: bool) -> list[range]:
+    """The episodes of each target part: those of a data part, of several where the work is pointwise."""
+    parts, frames = [], 0
+    for part in dataset.parts():
+        more = int(dataset.episodes.length[part.start : part.stop].sum())
+        if pointwise and parts and frames + more <= POINTWISE_FRAMES:
+            parts[-1] = range(parts[-1].start, part.stop)
+            frames += more
+        else:
+            parts.append(part)
+            frames = more
+    return parts
+
+
 def make_part(job: PartJob) -> dict[str, Any]:
     """Make one part: every array, then its receipt. Runs in a worker; leaves nothing half-named behind."""
     view, stage, run, specs, wishes = _opened(job)
@@ -61,7 +77,7 @@ def make_part(job: PartJob) -> dict[str, Any]:
     mine = [e for e, content in zip(job.episodes, job.contents, strict=True) if content not in job.copies]
     try:
         view.ahead = decode_ahead(view, wishes, mine)
-        for span in _spans(job, stage.pointwise(job.params)):
+        for span in _spans(job, view.dataset.parts() if stage.pointwise(job.params) else []):
             stretch = DiskEpisode(view, span)
             contents = job.contents[span.start - job.episodes[0] : span.stop - job.episodes[0]]
             rows = {spec.name: 0 for spec in specs}
@@ -111,14 +127,15 @@ def make_part(job: PartJob) -> dict[str, Any]:
     return {"receipt": receipt, "computed": len(mine), "copied": len(episodes) - len(mine), "bytes": size}
 
 
-def _spans(job: PartJob, pointwise: bool) -> Iterator[range]:
-    """Episodes to work on one by one; runs of new ones together where a row depends on its frame alone."""
-    start = job.episodes[0]
-    while start < job.episodes[0] + len(job.episodes):
+def _spans(job: PartJob, together: Sequence[range]) -> Iterator[range]:
+    """Episodes to work on one by one; runs of new ones within each of `together` at once."""
+    held = {episode: part.stop for part in together for episode in part}
+    start, end = job.episodes[0], job.episodes[0] + len(job.episodes)
+    while start < end:
         stop = start + 1
-        if pointwise and job.contents[start - job.episodes[0]] not in job.copies:
-            end = job.episodes[0] + len(job.episodes)
-            while stop < end and job.contents[stop - job.episodes[0]] not in job.copies:
+        if job.contents[start - job.episodes[0]] not in job.copies:
+            last = min(held.get(start, stop), end)
+            while stop < last and job.contents[stop - job.episodes[0]] not in job.copies:
                 stop += 1
         yield range(start, stop)
         start = stop

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from dpipe.pipeline import precompute as module
+from dpipe.pipeline import target_parts
 from dpipe.pipeline.costs import stage_costs
 from dpipe.pipeline.precompute import precompute, read_index
 from dpipe.schemas.bins import encode
@@ -17,6 +18,11 @@ from trees import tree_digest
 
 EPISODES = [(0, 30), (1, 45), (2, 20), (3, 25)]
 QUIET = {"tokens": {"probe": "none"}}
+
+
+@pytest.fixture(autouse=True)
+def _a_target_part_a_data_part(monkeypatch):
+    monkeypatch.setattr(target_parts, "POINTWISE_FRAMES", 0)
 
 
 def run(root, **changes):
@@ -50,6 +56,19 @@ def test_the_same_command_again_does_nothing(tmp_path):
     again = run(root)
     assert again.computed_episodes == 0 and again.kept_parts == 2
     assert tree_digest(first.folder) == before
+
+
+def test_pointwise_work_takes_small_data_parts_together(tmp_path, monkeypatch):
+    root = write_tiny(tmp_path / "set", EPISODES, parts=[1, 1, 1, 1])
+    each = run(root)
+    rows = [np.array(rows_of(each.folder, e)) for e in range(4)]
+    shutil.rmtree(each.folder)
+    monkeypatch.setattr(target_parts, "POINTWISE_FRAMES", 95)  # the first three have 95 frames
+    together = run(root)
+    index = read_index(together.folder)
+    assert index["part"] == [0, 0, 0, 1] and index["frame_start"] == [0, 30, 75, 0]
+    for e in range(4):
+        np.testing.assert_array_equal(rows_of(together.folder, e), rows[e])
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path, monkeypatch):
