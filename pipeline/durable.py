@@ -33,11 +33,7 @@ POINT: Callable[[str], None] = _no_fault  # tests put an exit here
 def commit(temporary: Path, final: Path) -> None:
     """Make a finished temporary file durable under its final name, replacing what stood there."""
     POINT(f"fsync {final.name}")
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(temporary)
     POINT(f"rename {final.name}")
     temporary.replace(final)
     sync_folder(final.parent)
@@ -62,7 +58,12 @@ def temporary_name(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_path(folder)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

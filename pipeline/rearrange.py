@@ -18,7 +18,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from .facts import read_dropped
 from .finish import STATISTICS_UP_TO
 from .outputs import sync_tree
 from .progress import Progress
-from .rearrange_parts import Plan, Written, write_part
+from .rearrange_parts import Plan, Written, write_rows, write_sidecar, write_video
 from .statistics import (
     arange_statistics,
     dataset_statistics,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-PARTS_AT_A_TIME = 2
+FILES_AT_A_TIME = 2  # while one waits for the disk or the kernel, the other's rows are written
 
 Pictures = dict[str, tuple["NDArray[np.int64]", "NDArray[np.int64]"]]
 """By camera: grey levels [n, 768] and counted frames [n] of every episode."""
@@ -213,14 +213,22 @@ def _write(
         tree = partial / "tree"
         shutil.rmtree(tree, ignore_errors=True)  # of a run that was stopped
         tree.mkdir()
-        progress.begin(recipe["command"], len(plan.length), "episodes")
-        written = list(_write_parts(tree, plan, progress))
-        progress.end()
-        size = sum(
-            p.stat().st_size for p in tree.rglob("*") if p.is_file() and p.suffix in (".mp4", ".parquet")
-        )
+        files = (int(plan.part[-1]) + 1) * (1 + len(plan.videos) + (plan.ours and bool(plan.first.sidecar)))
+        progress.begin(recipe["command"], files, "files")
         pictures = _pictures(plan)
-        _write_meta(tree, plan, written, pictures)
+        with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+            try:
+                rows, others = _begin_files(pool, tree, plan)
+                written = [_finished(future, progress) for future in rows]
+                _write_meta(tree, plan, written, pictures)  # while video is copied
+                for future in others:
+                    _finished(future, progress)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        progress.end()
+        folders = [tree / "data", tree / "videos", tree / "dpipe" / "columns"]
+        size = sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file())
         if plan.ours:
             _write_own(tree, plan, name, recipe, size, pictures)
         sync_tree(tree)
@@ -229,18 +237,23 @@ def _write(
     return Made(out, len(plan.length), int(plan.length.sum()), size)
 
 
-def _write_parts(tree: Path, plan: Plan, progress: Progress) -> Iterator[Written]:
-    """What each part's writing has seen, in the order of parts, of which several are made at a time."""
-    with ThreadPoolExecutor(PARTS_AT_A_TIME) as pool:
-        parts = plan.parts()
-        under_way = [pool.submit(write_part, tree, plan, part, rows) for part, rows in parts]
-        try:
-            for (_, rows), future in zip(parts, under_way, strict=True):
-                yield future.result()
-                progress.advance(len(rows), int(plan.length[rows].sum()))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _begin_files(
+    pool: ThreadPoolExecutor, tree: Path, plan: Plan
+) -> tuple[list[Future[Written]], list[Future[None]]]:
+    """Every file of every part, which know nothing of one another: those of rows, and the others."""
+    rows, others = [], []
+    for part, members in plan.parts():
+        rows.append(pool.submit(write_rows, tree, plan, part, members))
+        others += [pool.submit(write_video, tree, plan, part, members, camera) for camera in plan.videos]
+        if plan.ours and plan.first.sidecar:
+            others.append(pool.submit(write_sidecar, tree, plan, part, members))
+    return rows, others
+
+
+def _finished(future: Future[Any], progress: Progress) -> Any:
+    result = future.result()
+    progress.advance()
+    return result
 
 
 def _plan(datasets: Sequence[Dataset], pieces: Sequence[tuple[int, int]], split: str) -> Plan:
@@ -304,7 +317,9 @@ def _write_meta(tree: Path, plan: Plan, written: Sequence[Written], pictures: Pi
         piece = table.slice(first, EPISODES_PER_FILE)
         path = tree / EPISODES_PATH.format(chunk_index=0, file_index=index)
         write_parquet(path, [piece], piece.schema, sync=False)
-    _write_json(tree / "meta" / "stats.json", _statistics(tree, plan, table, written, pictures))
+    told = _statistics(tree, plan, table, written, pictures)
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(each)}" for name, each in told.items())
+    (tree / "meta" / "stats.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     info = dict(plan.first.info)
     info |= {
         "total_episodes": len(plan.length),
@@ -484,8 +499,10 @@ def _statistics(
         found = _picture_statistics(plan, camera, episodes, pictures)
         if found is not None:
             result[camera] = found
-    for name in plan.first.vectors:
-        result[name] = dataset_statistics(lambda name=name: blocks(name))
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        vectors = plan.first.vectors
+        exact = pool.map(lambda name: dataset_statistics(lambda: blocks(name)), vectors)
+        result.update(zip(vectors, exact, strict=True))
     longest = int(plan.length.max())
     longer = np.cumsum(np.bincount(plan.length, minlength=longest + 1)[::-1])[::-1][1:]
     steps = np.arange(longest, dtype=np.float64)

@@ -4,8 +4,7 @@ whole      a part all of whose episodes come along, in their order: its videos b
            them (as in a conversion to v2.1), its sidecar is copied as it is, its rows only where a number changes
 otherwise  packets are copied inside the kernel, rows are rewritten, one row group an episode
 
-Parts know nothing of one another, so two are made at a time: while one waits for the disk or for the kernel's copy,
-the other's rows are written. Every file of a part is on disk when `write_part` returns.
+Files know nothing of one another and may be written at once; each is on disk when its function returns.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import numpy as np
 
 from ..schemas.errors import DataError
 from ..streams.dataset import Dataset, column_values
+from .durable import sync_path
 from .statistics import column_statistics
 from .tables import data_file, numbers_of, video_file, write_parquet
 
@@ -100,33 +100,6 @@ class Written(NamedTuple):
 
     values: dict[str, NDArray[Any]]  # columns of `Plan.counted`, [frames, D] or [frames]
     odd_tasks: dict[int, dict[str, Any]]  # by row of the plan: statistics of task_index where it has several
-
-
-def write_part(tree: Path, plan: Plan, part: int, rows: Sequence[int]) -> Written:
-    paths = []
-    for camera in plan.videos:
-        path = tree / video_file(camera, part)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if part not in plan.whole or not _link_video(path, plan, camera, rows):
-            _write_video(path, plan, camera, rows)
-            paths.append(path)
-    written = _write_rows(tree / data_file(part), plan, part, rows)
-    paths.append(tree / data_file(part))
-    if plan.ours and plan.first.sidecar:
-        beside = tree / "dpipe" / "columns" / data_file(part).removeprefix("data/")
-        _write_sidecar(beside, plan, part, rows)
-        paths.append(beside)
-    for path in paths:
-        _sync(path)
-    return written
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- which episodes share a part --------------------------------------------------------------------------------
@@ -236,6 +209,14 @@ class _SampleTables:
         return self._entries[path]
 
 
+def write_video(tree: Path, plan: Plan, part: int, rows: Sequence[int], camera: str) -> None:
+    path = tree / video_file(camera, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if part not in plan.whole or not _link_video(path, plan, camera, rows):
+        _copy_video(path, plan, camera, rows)
+        sync_path(path)
+
+
 def _link_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> bool:
     """Take over a source's file, which holds these episodes and nothing else; False where it must be copied."""
     dataset, episode = plan.datasets[plan.owner[rows[0]]], int(plan.episode[rows[0]])
@@ -256,7 +237,7 @@ def _problem(table: SampleTable, dataset: Dataset, first: int, frames: int) -> s
     return copy_problem(table, dataset.fps, first, frames)
 
 
-def _write_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> None:
+def _copy_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> None:
     from ..video.mp4 import copy_run, write_mp4
 
     runs, table = [], None
@@ -312,8 +293,9 @@ def data_schema_of(dataset: Dataset) -> pa.Schema:
     return pa.schema(fields, {b"huggingface": described} if described else None)
 
 
-def _write_rows(path: Path, plan: Plan, part: int, rows: Sequence[int]) -> Written:
+def write_rows(tree: Path, plan: Plan, part: int, rows: Sequence[int]) -> Written:
     """The part's data file, a row group an episode; copied as it is where no number in it changes."""
+    path = tree / data_file(part)
     schema, files = data_schema_of(plan.first), _Files()
     seen: dict[str, list[NDArray[Any]]] = {name: [] for name in plan.counted}
     written = Written({}, {})
@@ -334,22 +316,26 @@ def _write_rows(path: Path, plan: Plan, part: int, rows: Sequence[int]) -> Writt
             pass
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
+    sync_path(path)
     written.values.update({name: np.concatenate(values) for name, values in seen.items()})
     return written
 
 
-def _write_sidecar(path: Path, plan: Plan, part: int, rows: Sequence[int]) -> None:
+def write_sidecar(tree: Path, plan: Plan, part: int, rows: Sequence[int]) -> None:
     """Columns that dpipe keeps beside the data carry no numbers: a whole part's file stays as it is."""
+    path = tree / "dpipe" / "columns" / data_file(part).removeprefix("data/")
     files = _Files()
     schema = files.open(plan.first.sidecar_path(0)).file.schema_arrow.remove_metadata()
     source = _unchanged(plan, part, rows, schema, files, Dataset.sidecar_path)
     if source is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
+        sync_path(path)
         return
     blocks = _blocks(plan, rows, schema, files, Dataset.sidecar_path)
     tables = (table for run, block in blocks for table in _by_episode(plan, run, block))
     write_parquet(path, tables, schema, sync=False)
+    sync_path(path)
 
 
 def _keeps_numbers(plan: Plan, rows: Sequence[int]) -> bool:

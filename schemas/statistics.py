@@ -58,8 +58,8 @@ def _sorted_statistics(rows: NDArray[Any]) -> Statistics:
         values = np.sort(rows[:, d]).astype(np.float64)
         result["min"][d], result["max"][d] = values[0], values[-1]
         result["mean"][d], result["std"][d] = values.mean(), values.std()
-        for name, value in zip(QUANTILES, np.quantile(values, list(QUANTILES.values())), strict=True):
-            result[name][d] = value
+        for name, q in QUANTILES.items():  # np.quantile would order them again
+            result[name][d] = _between(values, q * (len(values) - 1))
         result["levels"][d] = min(3, 1 + int(np.count_nonzero(np.diff(values))))
     return _still_exactly(result)
 
@@ -85,10 +85,7 @@ def _counted_statistics(blocks: Blocks) -> tuple[Statistics, int]:
     order = _order_statistics(blocks, ranks, len(mean))
     result: Statistics = {"min": low, "max": high, "mean": mean, "std": np.sqrt(np.asarray(squares) / count)}
     for name, at in wanted.items():
-        below, above = order[int(np.floor(at))], order[int(np.ceil(at))]
-        # numpy's own form of the interpolation, which is exact at both ends
-        t = at - np.floor(at)
-        result[name] = above - (above - below) * (1 - t) if t >= 0.5 else below + (above - below) * t
+        result[name] = _between(order, at)
     result["levels"] = np.array([min(3, len(seen)) for seen in levels], dtype=np.float64)
     return _still_exactly(result), count
 
@@ -113,6 +110,13 @@ def _order_statistics(blocks: Blocks, ranks: list[int], dims: int) -> dict[int, 
             before[d, rank] += int(cumulative[digit - 1]) if digit else 0
             prefix[d, rank] = head << 16 | digit
     return {rank: np.array([_unsortable(prefix[d, rank], dtype) for d in range(dims)]) for rank in ranks}
+
+
+def _between(order: Any, at: float) -> Any:
+    """The value at rank `at` of `order`, between its neighbours: numpy's own form, which is exact at both ends."""
+    below, above = order[int(np.floor(at))], order[int(np.ceil(at))]
+    t = at - np.floor(at)
+    return above - (above - below) * (1 - t) if t >= 0.5 else below + (above - below) * t
 
 
 def _still_exactly(result: Statistics) -> Statistics:
