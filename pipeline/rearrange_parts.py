@@ -212,13 +212,13 @@ class _SampleTables:
 def write_video(tree: Path, plan: Plan, part: int, rows: Sequence[int], camera: str) -> None:
     path = tree / video_file(camera, part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if part not in plan.whole or not _link_video(path, plan, camera, rows):
-        _copy_video(path, plan, camera, rows)
+    if part not in plan.whole or not _take_video(path, plan, camera, rows):
+        _copy_packets(path, plan, camera, rows)
         sync_path(path)
 
 
-def _link_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> bool:
-    """Take over a source's file, which holds these episodes and nothing else; False where it must be copied."""
+def _take_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> bool:
+    """Take over a source's file, which holds these episodes and nothing else; False where it does not after all."""
     dataset, episode = plan.datasets[plan.owner[rows[0]]], int(plan.episode[rows[0]])
     source = dataset.video_path(episode, camera)
     table = plan.videos_read.open(source)
@@ -227,7 +227,8 @@ def _link_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> boo
     try:
         os.link(source.resolve(), path)
     except OSError:  # another disk, or one without hard links
-        return False
+        shutil.copyfile(source, path)
+        sync_path(path)
     return True
 
 
@@ -237,7 +238,7 @@ def _problem(table: SampleTable, dataset: Dataset, first: int, frames: int) -> s
     return copy_problem(table, dataset.fps, first, frames)
 
 
-def _copy_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> None:
+def _copy_packets(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> None:
     from ..video.mp4 import copy_run, write_mp4
 
     runs, table = [], None

@@ -1,13 +1,16 @@
 """merge, split, select: what comes out is sound, opens in lerobot, and holds what went in, packet by packet."""
 
+import errno
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from dpipe.cli import cli
+from dpipe.pipeline import rearrange_parts
 from dpipe.pipeline.convert import ConvertRequest, convert_all
 from dpipe.pipeline.doctor import Level, examine, report_text
 from dpipe.pipeline.precompute import precompute
@@ -149,6 +152,75 @@ def test_a_selection_of_a_selection_keeps_its_statistics_of_pictures(
     direct = open_dataset(select(converted["a"], [1], tmp_path / "direct").root)
     camera = direct.cameras[0]
     assert twice.stats[camera] == direct.stats[camera]
+
+
+def same_trees(a: Path, b: Path) -> None:
+    """Byte for byte, but for where and when they were made."""
+    files = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file())
+    for path in files:
+        if path.name not in ("manifest.json", "README.md"):
+            assert (a / path).read_bytes() == (b / path).read_bytes(), path
+
+
+@pytest.fixture
+def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the few frames that tests have count as worth taking over as they are."""
+    monkeypatch.setattr(rearrange_parts, "LEAST_WHOLE", 1)
+
+
+@pytest.mark.usefixtures("whole_parts")
+def test_whole_parts_share_their_videos_with_the_sources(converted: dict[str, Path], tmp_path: Path):
+    made = merge([converted["a"], converted["b"]], tmp_path / "ab")
+    a, b, both = (open_dataset(root) for root in (converted["a"], converted["b"], made.root))
+    for camera in both.cameras:
+        assert both.video_path(0, camera).samefile(a.video_path(0, camera))
+        assert both.video_path(len(a), camera).samefile(b.video_path(0, camera))
+    for e in range(len(a)):
+        holds(both, e, a, e)
+    for e in range(len(b)):
+        holds(both, len(a) + e, b, e)
+    assert both.data_path(0).read_bytes() == a.data_path(0).read_bytes()  # no number in it changed
+    assert not both.data_path(0).samefile(a.data_path(0))  # tables are edited in place by many tools
+    sound(made.root)
+
+
+@pytest.mark.usefixtures("whole_parts")
+def test_videos_are_copied_where_a_disk_has_no_hard_links(
+    converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    roots = [converted["a"], converted["b"]]
+    linked = merge(roots, tmp_path / "linked")
+    monkeypatch.setattr("os.link", Mock(side_effect=OSError(errno.EXDEV, "Invalid cross-device link")))
+    copied = merge(roots, tmp_path / "copied")
+    same_trees(linked.root, copied.root)
+    assert not any(p.stat().st_nlink > 1 for p in copied.root.rglob("*.mp4"))
+
+
+@pytest.mark.usefixtures("whole_parts")
+@pytest.mark.parametrize("episodes", [[2, 1, 0], [0, 1], [1, 2], [0, 1, 2, 0]])
+def test_a_part_in_another_order_or_not_in_full_is_written_anew(
+    converted: dict[str, Path], tmp_path: Path, episodes: list[int]
+):
+    source = open_dataset(converted["a"])
+    made = open_dataset(select(converted["a"], episodes, tmp_path / "some").root)
+    for new, old in enumerate(episodes):
+        holds(made, new, source, old)
+        stored = made.columns(["index", "episode_index", "frame_index"], new)
+        assert set(stored["episode_index"].tolist()) == {new}
+        assert (stored["index"] - made.episodes.first_index[new] == stored["frame_index"]).all()
+    groups = pq.read_metadata(made.data_path(len(made) - 1))
+    rows = [groups.row_group(g).num_rows for g in range(groups.num_row_groups)]
+    assert rows == made.episodes.length.tolist()[-len(rows) :]
+
+
+def test_columns_too_large_to_hold_are_read_again_for_statistics(
+    converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    held = select(converted["a"], [0, 2], tmp_path / "held")
+    monkeypatch.setattr(rearrange_parts, "HELD_BYTES", 0)
+    read = select(converted["a"], [0, 2], tmp_path / "read")
+    same_trees(held.root, read.root)
 
 
 def test_segments_and_splits_come_along(converted: dict[str, Path], tmp_path: Path):
