@@ -241,11 +241,12 @@ def _problem(table: SampleTable, dataset: Dataset, first: int, frames: int) -> s
 def _copy_packets(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> None:
     from ..video.mp4 import copy_run, write_mp4
 
-    runs, table = [], None
+    runs, table, file = [], None, [-1, -1]
     # Neighbours in one file lie together in it: one stretch to check and one to copy, in the kernel.
-    for run in _neighbours(plan, rows, camera):
+    for *there, run in _neighbours(plan, rows, camera):
         dataset, episode = plan.datasets[plan.owner[run[0]]], int(plan.episode[run[0]])
-        table = plan.videos_read.open(dataset.video_path(episode, camera))
+        if table is None or there != file:
+            table, file = plan.videos_read.open(dataset.video_path(episode, camera)), there
         first = int(dataset.episodes.cameras[camera].first_frame[episode])
         frames = int(plan.length[run].sum())
         problem = _problem(table, dataset, first, frames)
@@ -259,8 +260,8 @@ def _copy_packets(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> N
     write_mp4(path, table.sample_entry, table.width, table.height, plan.first.fps, runs, sync=False)
 
 
-def _neighbours(plan: Plan, rows: Sequence[int], camera: str) -> Iterator[list[int]]:
-    """Runs of rows whose episodes' frames follow one another in one video file."""
+def _neighbours(plan: Plan, rows: Sequence[int], camera: str) -> Iterator[tuple[int, int, list[int]]]:
+    """Runs of rows whose episodes' frames follow one another in one video file: dataset, number of the file, rows."""
     owner, episode = plan.owner[rows], plan.episode[rows]
     file, first = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
     for d, dataset in enumerate(plan.datasets):
@@ -268,8 +269,9 @@ def _neighbours(plan: Plan, rows: Sequence[int], camera: str) -> Iterator[list[i
         file[mine] = own.chunk[episode[mine]] * 2**32 + own.file[episode[mine]]
         first[mine] = own.first_frame[episode[mine]]
     follows = (np.diff(owner) == 0) & (np.diff(file) == 0) & (np.diff(first) == plan.length[rows][:-1])
-    for run in np.split(np.asarray(rows), np.flatnonzero(~follows) + 1):
-        yield run.tolist()
+    starts = np.append(0, np.flatnonzero(~follows) + 1)
+    for a, b in pairwise([*starts.tolist(), len(rows)]):
+        yield int(owner[a]), int(file[a]), list(rows[a:b])
 
 
 # --- rows -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -410,18 +411,23 @@ def _table(kind: bytes, rows: NDArray[np.int64]) -> bytes:
 
 def _copy_runs(out: int, runs: Sequence[Run]) -> None:
     """Append every run's bytes to the file descriptor, neighbouring samples in one call."""
-    for run in runs:
-        ends = run.offsets + run.sizes
-        breaks = np.flatnonzero(run.offsets[1:] != ends[:-1]) + 1
-        starts = run.offsets[np.append(0, breaks)].tolist()
-        stops = ends[np.append(breaks - 1, len(run) - 1)].tolist()
-        if isinstance(run.source, bytes):
-            for start, stop in zip(starts, stops, strict=True):
-                _write_all(out, memoryview(run.source)[start:stop], stop - start, "bytes in memory")
+    for source, members in groupby(runs, lambda run: run.source):
+        spans = (span for run in members for span in _spans(run))
+        if isinstance(source, bytes):
+            for start, stop in spans:
+                _write_all(out, memoryview(source)[start:stop], stop - start, "bytes in memory")
             continue
-        with open(run.source, "rb") as source:
-            for start, stop in zip(starts, stops, strict=True):
-                _copy_range(source.fileno(), out, start, stop - start, run.source)
+        with open(source, "rb") as file:
+            for start, stop in spans:
+                _copy_range(file.fileno(), out, start, stop - start, source)
+
+
+def _spans(run: Run) -> Iterator[tuple[int, int]]:
+    """Where a run's samples lie, neighbours together: (start, stop) in its source."""
+    ends = run.offsets + run.sizes
+    breaks = np.flatnonzero(run.offsets[1:] != ends[:-1])
+    starts, stops = run.offsets[[0, *(breaks + 1)]], ends[[*breaks, -1]]
+    return zip(starts.tolist(), stops.tolist(), strict=True)
 
 
 def _write_all(out: int, data: memoryview, expected: int, origin: object) -> None:
