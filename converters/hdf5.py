@@ -7,6 +7,7 @@ Source: HDF5 file format 3.0; h5py 3 low-level API.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,18 +30,22 @@ MOST_INFLATION = 1100
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """The file, read-only and unlocked (network file systems refuse locks); DataError when unreadable."""
+    with kept_open(path) as file:
+        yield file
+
+
+def kept_open(path: Path) -> h5py.File:
+    """The same for whoever closes it, or lets go of it and of everything in it."""
     import h5py
 
     try:
-        file = h5py.File(path, "r", locking=False)
+        return h5py.File(path, "r", locking=False)
     except OSError as error:
         raise DataError(
             f"{path.name}: not a readable HDF5 file\n  expected: a complete HDF5 file\n"
             f"  found: {path.stat().st_size if path.exists() else 0} bytes, {_first_line(error)}\n"
             f"  where: {path}\n  next: download or copy it again"
         ) from error
-    with file:
-        yield file
 
 
 def datasets_below(group: h5py.Group, prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:
@@ -49,6 +54,8 @@ def datasets_below(group: h5py.Group, prefix: str = "") -> Iterator[tuple[str, h
 
     for name in sorted(group):
         member = _member(group, name)
+        if member is None:
+            raise DataError(f"'{group.name}/{name}' is a link to nothing; refused")
         if isinstance(member, h5py.Group):
             yield from datasets_below(member, f"{prefix}{name}/")
         elif isinstance(member, h5py.Dataset):
@@ -61,7 +68,7 @@ def find_group(parent: h5py.Group, path: str) -> h5py.Group | None:
 
     member: Any = parent
     for name in path.split("/"):
-        if not isinstance(member, h5py.Group) or name not in member:
+        if not isinstance(member, h5py.Group):
             return None
         member = _member(member, name)
     return member if isinstance(member, h5py.Group) else None
@@ -73,7 +80,7 @@ def find_dataset(parent: h5py.Group, path: str) -> h5py.Dataset | None:
 
     head, _, last = path.rpartition("/")
     group = find_group(parent, head) if head else parent
-    if group is None or last not in group:
+    if group is None:
         return None
     member = _member(group, last)
     if not isinstance(member, h5py.Dataset):
@@ -95,18 +102,23 @@ def read_dataset(parent: h5py.Group, path: str) -> np.ndarray | None:
 
 def check_dataset(dataset: h5py.Dataset) -> None:
     """Refuse, by name, storage outside the file, plugin filters and impossible sizes."""
+    import h5py
+
+    # The list of properties is fetched once: h5py's own `external` and `is_virtual` fetch it again each.
     properties = dataset.id.get_create_plist()
-    if dataset.external:
+    if properties.get_external_count():
         raise DataError(f"dataset '{dataset.name}' keeps its bytes in another file; refused")
-    if dataset.is_virtual:
+    if properties.get_layout() == h5py.h5d.VIRTUAL:
         raise DataError(f"dataset '{dataset.name}' is virtual, a view of other files; refused")
-    for index in range(properties.get_nfilters()):
+    filters = properties.get_nfilters()
+    for index in range(filters):
         code = properties.get_filter(index)[0]
         if code not in BUILT_IN_FILTERS:
             raise DataError(f"dataset '{dataset.name}' needs HDF5 filter plugin {code}; refused")
-    declared = int(np.prod(dataset.shape, dtype=np.float64)) * dataset.dtype.itemsize if dataset.shape else 0
+    shape = dataset.shape
+    declared = math.prod(shape) * dataset.dtype.itemsize if shape else 0
     stored = dataset.id.get_storage_size()
-    compressed = properties.get_nfilters() > 0
+    compressed = filters > 0
     if declared > stored * (MOST_INFLATION if compressed else 1) and declared > 2**20:
         raise DataError(
             f"dataset '{dataset.name}' declares {declared:,} bytes but {stored:,} are stored; refused"
@@ -114,17 +126,30 @@ def check_dataset(dataset: h5py.Dataset) -> None:
 
 
 def _member(group: h5py.Group, name: str) -> Any:
+    """What a group holds under a name, None where it holds nothing that can be reached; refuses links that leave."""
     import h5py
+    from h5py import h5l, h5o  # pyright: ignore[reportAttributeAccessIssue]
 
-    link = group.get(name, getlink=True)
+    key, links = name.encode("utf-8", "surrogateescape"), group.id.links
+    try:
+        # What h5py does for a name is mostly to find out, three times over, that it is a plain one.
+        plain = "/" not in name and links.exists(key) and links.get_info(key).type == h5l.TYPE_HARD
+        if not plain and name not in group:
+            return None
+        link = None if plain else group.get(name, getlink=True)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"'{group.name}/{name}' cannot be opened: {_first_line(error)}") from error
     if isinstance(link, h5py.ExternalLink):
         raise DataError(f"'{group.name}/{name}' is a link into another file ({link.filename}); refused")
     if isinstance(link, h5py.SoftLink):
         raise DataError(f"'{group.name}/{name}' is a soft link to '{link.path}'; refused")
     try:
-        return group[name]
+        opened = h5o.open(group.id, key)
     except (KeyError, OSError, RuntimeError) as error:
         raise DataError(f"'{group.name}/{name}' cannot be opened: {_first_line(error)}") from error
+    if isinstance(opened, h5py.h5d.DatasetID):
+        return h5py.Dataset(opened, readonly=True)
+    return h5py.Group(opened) if isinstance(opened, h5py.h5g.GroupID) else opened
 
 
 def _first_line(error: Exception) -> str:

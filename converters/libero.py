@@ -29,7 +29,7 @@ from ..schemas.errors import DataError
 from ..schemas.features import CameraFeature, Feature
 from ..schemas.rotations import matrix_to_rot6d, rotvec_to_matrix
 from . import Converter
-from .hdf5 import find_dataset, find_group, open_hdf5, read_dataset
+from .hdf5 import find_dataset, find_group, kept_open, open_hdf5, read_dataset
 from .words import text_of
 
 if TYPE_CHECKING:
@@ -264,11 +264,11 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
     """One demonstration's columns; its pictures are read from the file block by block."""
     (path,) = ref.files
     where = ref.locator
-    with open_hdf5(path) as file:
-        data = find_group(file, "data")
-        if data is None:
-            raise DataError(f"{ref.source_id}: the file changed while it was converted")
-        raw = _load(data, where["demo"])
+    file = kept_open(path)  # for as long as its pictures are read
+    data = find_group(file, "data")
+    if data is None:
+        raise DataError(f"{ref.source_id}: the file changed while it was converted")
+    raw = _load(data, where["demo"], to_check=False)
     if raw["problems"]:
         raise DataError(f"{ref.source_id}: {'; '.join(raw['problems'])}")
     obs_rows, action_rows = _rows(raw["actions"], where["timing"], where["polarity"], options)
@@ -286,7 +286,7 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
     if not stored and where["kind"] == "regenerated" and options.regenerated_by == "any4lerobot":
         stored = "rot180"
     cameras = {
-        key: DemoFrames(path, f"data/{where['demo']}/obs/{name}", obs_rows, options.image_rotation, stored)
+        key: DemoFrames(file, f"data/{where['demo']}/obs/{name}", obs_rows, options.image_rotation, stored)
         for key, name in CAMERAS.items()
     }
     return Episode(ref, columns, cameras)
@@ -295,10 +295,15 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
 class DemoFrames:
     """One camera of one demonstration: rows `rows` of an HDF5 dataset [T, H, W, 3], turned as asked."""
 
-    def __init__(self, path: Path, name: str, rows: NDArray[np.int64], rotation: str, stored: str) -> None:
-        self.path, self.name, self.rows = path, name, rows
+    def __init__(
+        self, file: h5py.File, name: str, rows: NDArray[np.int64], rotation: str, stored: str
+    ) -> None:
+        self.file, self.name, self.rows = file, name, rows
         self.flips = _flips(rotation, stored)
-        self.dataset = _open_frames(path, name)  # open for as long as the episode is read
+        dataset = find_dataset(file, name)
+        if dataset is None or dataset.ndim != 4:
+            raise DataError(f"no pictures '{name}' in {file.filename}")
+        self.dataset = dataset
         self.height, self.width = int(self.dataset.shape[1]), int(self.dataset.shape[2])
 
     def __len__(self) -> int:
@@ -310,7 +315,9 @@ class DemoFrames:
         try:
             block = self.dataset[first:last]
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"pictures of {self.name} in {self.path} cannot be read: {error}") from error
+            raise DataError(
+                f"pictures of {self.name} in {self.file.filename} cannot be read: {error}"
+            ) from error
         if len(block) != len(rows):  # frames between were left out as no-ops
             block = block[rows - first]
         rows_step, columns_step = self.flips
@@ -497,8 +504,11 @@ def _check_demo(raw: dict[str, Any], polarity: str, kind: str) -> list[str]:
     return problems
 
 
-def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
-    """Low-dimensional arrays, lengths and picture size of one demonstration; 'problems' when it cannot be used."""
+def _load(data: h5py.Group, demo: str, to_check: bool = True) -> dict[str, Any]:
+    """Low-dimensional arrays, lengths and picture size of one demonstration; 'problems' when it cannot be used.
+
+    Without `to_check` only what becomes columns: a scan has looked at the rest.
+    """
     raw: dict[str, Any] = {"problems": [], "lengths": {}, "actions": None}
     try:
         group = find_group(data, demo)
@@ -511,9 +521,9 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
         if missing:
             raw["problems"] = [f"missing {', '.join(repr(name) for name in missing)}"]
             return raw
-        for name in ("actions", "states", "robot_states"):
+        for name in ("actions", *(("states", "robot_states") if to_check else ())):
             raw[name] = _floats(group, name)
-        for name in (*LOW_DIM, "ee_states"):
+        for name in (*LOW_DIM, *(("ee_states",) if to_check else ())):
             raw[name] = _floats(obs, name)
         if raw["actions"] is None or raw["actions"].ndim == 0:
             raw["problems"].append("'actions' is no array, expected (T, 7)")
@@ -522,6 +532,8 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
             shape = None if raw[name] is None else raw[name].shape
             if shape is None or len(shape) != 2 or shape[1] != dim:
                 raw["problems"].append(f"'obs/{name}' has shape {shape}, expected (T, {dim})")
+        if not to_check:
+            return raw
         for name in ("states", "robot_states", "ee_states"):
             if raw[name] is not None and raw[name].ndim != 2:
                 raw["problems"].append(f"'{name}' has shape {raw[name].shape}, expected two dimensions")
@@ -534,7 +546,8 @@ def _load(data: h5py.Group, demo: str) -> dict[str, Any]:
             else:
                 raw["lengths"][name] = int(frames.shape[0])
                 sizes.add((int(frames.shape[1]), int(frames.shape[2])))
-                if frames.shape[0] > 1 and not np.any(frames[0] != frames[0, :1, :1]):
+                first = frames[0] if frames.shape[0] > 1 else None
+                if first is not None and not np.any(first != first[:1, :1]):
                     raw["problems"].append(f"'obs/{name}' starts with a picture of a single colour")
         if len(sizes) > 1:
             raw["problems"].append(f"the cameras differ in size: {sorted(sizes)}")
@@ -599,16 +612,6 @@ def _flips(rotation: str, stored: str) -> tuple[int, int]:
     """
     rows, columns = {"rot180": (-1, -1), "vflip": (-1, 1), "raw": (1, 1)}[rotation]
     return {"opencv": (-rows, columns), "rot180": (-rows, -columns)}.get(stored, (rows, columns))
-
-
-def _open_frames(path: Path, name: str) -> h5py.Dataset:
-    import h5py
-
-    file = h5py.File(path, "r", locking=False)
-    dataset = find_dataset(file, name)
-    if dataset is None:
-        raise DataError(f"no dataset '{name}' in {path}")
-    return dataset
 
 
 def _count(value: Any) -> int | None:
