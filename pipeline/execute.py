@@ -165,6 +165,10 @@ class DaskExecutor(Executor):
                 "distributed.scheduler.allowed-failures": FAILURES_ALLOWED,
                 "distributed.worker.daemon": True,
                 "distributed.worker.profile.enabled": False,  # samples every thread every 10 ms
+                # Every process looks 50 times a second whether its event loop is late, and twice at its own use of
+                # processor and memory: of two busy cores, a fortieth.
+                "distributed.admin.tick.interval": "1s",
+                "distributed.admin.system-monitor.interval": "5s",
                 "distributed.comm.retry.count": 3,
             }
         )
