@@ -94,12 +94,19 @@ class FrameHistogram:
 
     def add(self, frames: NDArray[np.uint8], wanted: Sequence[int] | slice = slice(None)) -> None:
         """Those `wanted` of frames [n, H, W, 3]; thinned by striding, as LeRobot thins large pictures."""
+        from PIL import Image
+
         step = max(1, round(min(frames.shape[1], frames.shape[2]) / SAMPLED_SIDE))
-        thin = frames[:, ::step, ::step]
+        # Whole rows first: what is left of them then lies evenly, in one stride.
+        rows = frames[:, ::step][wanted]
+        if not len(rows):
+            return
         for colour in range(3):  # one at a time: numpy gathers pixels of three bytes twice as slowly
-            levels = thin[..., colour][wanted]
-            self.counts[colour] += np.bincount(levels.ravel(), minlength=256)
-        self.frames += len(np.arange(len(frames))[wanted])
+            levels = np.ascontiguousarray(rows[:, :, ::step, colour])
+            # Pillow counts bytes as they are, in half the time of bincount, which makes each an int64 first.
+            size = (levels.shape[2], levels.size // levels.shape[2])
+            self.counts[colour] += Image.frombuffer("L", size, levels, "raw", "L", 0, 1).histogram()
+        self.frames += len(rows)
 
     def statistics(self) -> dict[str, Any]:
         return histogram_statistics(self.counts, self.frames)
