@@ -132,7 +132,7 @@ def journal(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = asked.out / "dpipe" / "journal"
     base = module.episode_key_base(converter, asked)
     order = module.load_order(folder)
-    first = dict(zip(order.episodes(), range(10**9), strict=False))
+    first = {name: episode for episode, name in enumerate(order.homes())}
     schema = data_schema(features)
     shards = sorted(asked.raw.glob("*.shard"))
     memos = {shard: file_memo([shard]) for shard in shards}

@@ -92,11 +92,6 @@ class Refs(Sequence[EpisodeRef]):
     def row_of(self) -> dict[str, int]:
         return {source_id: row for row, source_id in enumerate(self.source_ids)}
 
-    def forget(self) -> None:
-        """Drop the names as Python objects: of a million episodes they are 200 MB, and made again on demand."""
-        for name in ("source_ids", "row_of"):
-            vars(self).pop(name, None)
-
     def texts(self, name: str) -> list[str]:
         """A column of few distinct words: split, variant, instruction, cameras."""
         return shared_texts(self.table.column(name))
@@ -110,12 +105,12 @@ class Refs(Sequence[EpisodeRef]):
         for text, (row, count) in seen.items():
             yield _cameras(text), row, count
 
-    def memos(self) -> Iterator[list[list[int]]]:
-        """[size, time] of each episode's files as they are now."""
-        held, memo = None, []
+    def memos(self) -> Iterator[str]:
+        """[size, time] of each episode's files as they are now, as the JSON text that receipts hold."""
+        held, memo = None, ""
         for files in self.paths():
             if files is not held:
-                held, memo = files, file_memo(files)
+                held, memo = files, json.dumps(file_memo(files))
             yield memo
 
     def paths(self) -> Iterator[tuple[Path, ...]]:

@@ -11,6 +11,7 @@ A killed run leaves spool files and part receipts; the same command picks them u
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -140,11 +141,21 @@ def convert_all(
     """
     from .plan import plan_convert
 
+    begun = time.monotonic()
     catalog = read_catalog(request, progress, keep=True)
     requests = by_variant(request, catalog)
     if agree is not None and _pixels(catalog.refs, request) > PLANNED_ABOVE_PIXELS:
         agree([plan_convert(each, catalog) for each in requests])
-    return [convert(each, progress, catalog) for each in requests]
+    catalogs = [catalog.of(each.variant) for each in requests]
+    del catalog  # each conversion lets go of its own
+    return [convert(_in_what_is_left(each, begun), progress, catalogs.pop(0)) for each in requests]
+
+
+def _in_what_is_left(request: ConvertRequest, begun: float) -> ConvertRequest:
+    """The same with the rest of its time: --max-time is of a command, however many datasets it makes."""
+    if request.max_time_s is None:
+        return request
+    return replace(request, max_time_s=max(1.0, request.max_time_s - (time.monotonic() - begun)))
 
 
 def _pixels(refs: Refs, request: ConvertRequest) -> int:
@@ -201,7 +212,7 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
         _Lazy(stop, request) as executors,
         full_disk_as_message(request.out),
     ):
-        recover(request.out)
+        recover(request.out, stop)
         embodiment = converter.embodiment_of(request.raw, request.options, request.variant)
         _check_settings(request, converter, journal)
         if catalog.fresh or not (journal / SCAN).is_file():
@@ -228,10 +239,9 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
             return ConvertResult(
                 request.out, len(work.todo), frames, 0, (), (), len(work.todo), False, finished=False
             )
-        notes = [note for _, note in refs.notes]
+        notes, left_out = refs.notes, catalog.dropped
         # What follows wants memory of its own, for every episode: let go of what only the comparison needed.
-        del order
-        refs.forget()
+        del order, refs, catalog
         result = finish(
             request.out,
             name=request.name,
@@ -242,12 +252,13 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
             embodiment=embodiment,
             order=work.order,
             homes=work.homes,
-            scan_dropped=catalog.dropped,
-            warnings=notes,
+            scan_dropped=left_out,
+            warnings=[note for _, note in notes],
+            stop=stop,
         )
         shards = _write_shards(request, request.shards, executors, progress) if request.shards else None
         _clean_spool(journal)
-    return _result(request, result, len(work.todo), refs, shards)
+    return _result(request, result, len(work.todo), notes, shards)
 
 
 def _write_shards(
@@ -287,7 +298,11 @@ def _unfinished_parts(request: ConvertRequest, work: _Work) -> DataError:
 
 
 def _result(
-    request: ConvertRequest, done: FinishResult, encoded: int, refs: Refs, shards: Path | None
+    request: ConvertRequest,
+    done: FinishResult,
+    encoded: int,
+    notes: Sequence[tuple[str, str]],
+    shards: Path | None,
 ) -> ConvertResult:
     return ConvertResult(
         root=request.out,
@@ -295,7 +310,7 @@ def _result(
         frames=done.frames,
         bytes=done.bytes,
         dropped=done.dropped,
-        warnings=tuple(f"{source_id}: {note}" for source_id, note in refs.notes),
+        warnings=tuple(f"{source_id}: {note}" for source_id, note in notes),
         encoded=encoded,
         unchanged=done.unchanged,
         shards=shards,
@@ -321,14 +336,17 @@ def _compare(
     if not len(receipts):
         return fresh, []
     changed = []
-    rows_of, memos = refs.row_of, list(refs.memos())
+    rows_of, memos, latest = refs.row_of, list(refs.memos()), receipts.latest
     names = ("source_id", "key", "memo", "raw_digest", "dropped")
-    for at, (source_id, *values) in enumerate(receipts.rows(names)):
+    for at, (source_id, was, memo, digest, dropped) in enumerate(receipts.rows(names)):
         row = rows_of.get(source_id)
-        if row is None or receipts.latest[source_id] != at:
+        if row is None or latest[source_id] != at:
             continue
-        receipt: dict[str, Any] = dict(zip(names[1:], values, strict=True))
-        if not _valid(request, receipt, _key(base, source_id), memos[row], lambda row=row: refs[row]):
+        key = _key(base, source_id)
+        if was == key and memo == memos[row] and not request.verify:
+            continue  # as `_valid` says, of a million without asking it
+        receipt = {"key": was, "memo": memo, "raw_digest": digest, "dropped": dropped}
+        if not _valid(request, receipt, key, memos[row], lambda row=row: refs[row]):
             changed.append(row)
     return fresh, sorted(changed)
 
@@ -344,6 +362,10 @@ def _plan(
     """Fix the order of new episodes on disk, and find what has no valid receipt yet."""
     fresh, changed = _compare(request, converter, order, refs, receipts)
     parts = dict(order.parts)
+    done = set(np.unique(receipts.numbers("part")).tolist())
+    if changed:  # a run that was stopped may have listed them already, in parts still to be made
+        listed = {source_id for part, ids in parts.items() if part not in done for source_id in ids}
+        changed = [row for row in changed if refs.source_ids[row] not in listed]
     if fresh or changed:
         # A changed episode keeps its place; its new payload goes into a new part, listed as a replacement.
         if not order.parts:
@@ -354,14 +376,16 @@ def _plan(
         write_json(journal / f"order-{len(order.files):04d}.json", batch, indent=None)
         parts |= new
     base = episode_key_base(converter, request)
-    done = set(np.unique(receipts.numbers("part")).tolist())
     homes = Order((), parts).homes()
     work = _Work(order=list(homes), homes=np.fromiter(homes.values(), np.int64, len(homes)))
     spool = journal.parent / "spool"
     spooled = {path.name for path in spool.iterdir()} if spool.is_dir() else set()
-    for part, ids in parts.items():
-        if part in done:
-            continue
+    missing = [part for part in parts if part not in done]
+    newest = {s: part for part, ids in parts.items() for s in ids} if missing else {}
+    for part in missing:
+        ids = parts[part]
+        if all(newest[source_id] > part for source_id in ids):
+            continue  # made once, and since then every episode of it anew
         work.parts[part] = ids
         for source_id in ids:
             row, path = refs.row_of.get(source_id), _spool_path(journal, source_id, part)
@@ -459,13 +483,13 @@ def _valid(
     request: ConvertRequest,
     receipt: Mapping[str, Any],
     key: str,
-    memo: list[list[int]],
+    memo: str,
     read: Callable[[], EpisodeRef],
 ) -> bool:
     """A receipt holds when its key matches and the files are as they were, or prove to hold the same episode."""
     if receipt["key"] != key:
         return False
-    if not request.verify and receipt["memo"] == json.dumps(memo):
+    if not request.verify and receipt["memo"] == memo:
         return True
     if receipt["dropped"]:
         return False  # it failed with other files: worth another try
@@ -505,7 +529,7 @@ def _spooled(request: ConvertRequest, path: Path, refs: Refs, row: int | None, k
     told = {"key": receipt["key"], "memo": json.dumps(receipt["memo"])}
     told |= {"dropped": receipt.get("dropped", ""), "raw_digest": receipt.get("raw_digest", "")}
     ref = refs[row]
-    if _valid(request, told, key, file_memo(ref.files), lambda: ref):
+    if _valid(request, told, key, json.dumps(file_memo(ref.files)), lambda: ref):
         return True
     path.unlink()
     return False

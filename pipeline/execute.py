@@ -49,17 +49,29 @@ class StopRequest:
 
     reason: str = ""
     event: threading.Event = field(default_factory=threading.Event)
+    answered: bool = False
 
     def set(self, reason: str) -> None:
         if not self.event.is_set():
             self.reason = reason
             self.event.set()
 
+    def check(self) -> None:
+        """Between two steps: end here where somebody asked for it."""
+        if self.event.is_set():
+            self.answered = True
+            raise Interrupted(f"stopped by {self.reason}; run the same command again to go on")
+
+
+_unanswered: list[str] = []  # requests that came when nothing was left to stop: what follows hears them
+
 
 @contextmanager
 def stop_requests(max_time_s: float | None) -> Iterator[StopRequest]:
     """Turn SIGINT, SIGTERM, SIGUSR1 and the time limit into one request that is honoured between tasks."""
     request = StopRequest()
+    while _unanswered:
+        request.set(_unanswered.pop())
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -76,6 +88,8 @@ def stop_requests(max_time_s: float | None) -> Iterator[StopRequest]:
         timer.start()
     try:
         yield request
+        if request.event.is_set() and not request.answered:
+            _unanswered.append(request.reason)
     finally:
         if timer:
             timer.cancel()
@@ -131,7 +145,7 @@ class Executor:
     def results(self, tasks: Iterable[Task] = ()) -> Iterator[tuple[Any, Any]]:
         more = iter(tasks)
         while True:
-            self._check_stop()
+            self.stop.check()
             task = self._next(more)
             if task is None:
                 return
@@ -141,10 +155,6 @@ class Executor:
     def _next(self, more: Iterator[Task]) -> Task | None:
         """What was submitted goes before what is drawn."""
         return self.waiting.popleft() if self.waiting else next(more, None)
-
-    def _check_stop(self) -> None:
-        if self.stop.event.is_set():
-            raise Interrupted(f"stopped by {self.stop.reason}; run the same command again to go on")
 
 
 class DaskExecutor(Executor):
@@ -233,7 +243,7 @@ class DaskExecutor(Executor):
                     suspects.clear()
                     more = iter(())
                 if not running or time.monotonic() - stopped_at > DRAIN_S:
-                    self._check_stop()
+                    self.stop.check()
             while not alone and len(running) < self.workers * IN_FLIGHT_PER_WORKER:
                 task = self._next(more)
                 if task is None and suspects and not running:
@@ -272,7 +282,7 @@ class DaskExecutor(Executor):
             except Exception as error:  # noqa: BLE001 - the scheduler's own failures are the task's outcome
                 result = Failure(f"{type(error).__name__}: {error}", error=error)
             yield task[0], result
-        self._check_stop()
+        self.stop.check()
 
 
 def attempt(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

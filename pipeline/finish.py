@@ -3,17 +3,24 @@
 Everything is staged under `dpipe/staging`, a redo log names every move, then the moves are made with
 `meta/info.json` and `dpipe/manifest.json` first taken away and last put back: at any moment the folder is the
 old dataset, plainly unfinished, or the new dataset. Videos are never touched here.
+
+Of a million episodes this takes minutes, so a request to stop is heard between any two files: before the redo log
+is written nothing has happened, after it the next run makes the moves that are left.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import SpooledTemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +28,9 @@ from numpy.typing import NDArray
 from ..schemas.episode import Dropped, Embodiment
 from ..schemas.errors import DataError
 from ..schemas.features import DEFAULT_FEATURES, CameraFeature, Feature
+from ..schemas.statistics import Blocks
 from .durable import POINT, move_file, sync_folder, write_file, write_json
+from .execute import StopRequest
 from .payload import VideoOptions, sidecar_file, staged_data, staged_sidecar
 from .receipts import (
     COMPARED,
@@ -49,7 +58,7 @@ from .tables import (
     has_language,
     info_json,
     part_place,
-    read_columns,
+    read_in_turn,
     statistics_type,
     write_parquet,
     write_tasks,
@@ -63,6 +72,9 @@ STATISTICS_UP_TO = 50_000
 
 EPISODES_AT_A_TIME = 4_096  # rows of meta/episodes, which may be 13 kB each
 ROWS_AT_A_TIME = 16_384  # episodes whose words are held as Python objects
+HELD_BYTES = 128 << 20  # columns gathered for their statistics: more goes to files
+BLOCK_BYTES = 4 << 20  # of a gathered column, read at a time
+NUMBERED = "numbered"  # below staging: files written anew because their rows moved
 
 
 @dataclass(frozen=True)
@@ -74,11 +86,11 @@ class FinishResult:
     unchanged: bool
 
 
-def recover(root: Path) -> None:
+def recover(root: Path, stop: StopRequest) -> None:
     """Finish the moves of a run that was killed while it made them."""
     log = root / "dpipe" / "staging" / "moves.json"
     if log.is_file():
-        _apply(root, json.loads(log.read_text()))
+        _apply(root, json.loads(log.read_text()), stop)
 
 
 def finish(
@@ -94,16 +106,18 @@ def finish(
     homes: NDArray[np.int64],
     scan_dropped: Sequence[Dropped],
     warnings: Sequence[str],
+    stop: StopRequest,
 ) -> FinishResult:
     """Number the episodes of `order` and put the dataset's tables in place; a no-op when nothing changed.
 
     `homes` is the part each was first listed in: its place among the data files, whatever is redone later.
     """
-    known = load_receipts(root, COMPARED)
+    stop.check()
+    manifest_path = root / "dpipe" / "manifest.json"
+    known = load_receipts(root, COMPARED if manifest_path.is_file() else None)
     state, alive, listed, dropped = _state(
         known, order, scan_dropped, name, source, converter_version, options, video
     )
-    manifest_path = root / "dpipe" / "manifest.json"
     if manifest_path.is_file():
         manifest = json.loads(manifest_path.read_text())
         if manifest.get("state") == state:
@@ -115,22 +129,25 @@ def finish(
             f"every episode had to be left out; there is no dataset to write\n  found:\n{reasons}"
         )
 
-    del known
-    episodes = _Episodes(load_receipts(root), alive, homes[listed])
+    if manifest_path.is_file():
+        known = load_receipts(root)
+    episodes = _Episodes(known, alive, homes[listed])
     staging = root / "dpipe" / "staging"
-    _stage_own_tables(staging, episodes)
-    _stage_receipts(staging, episodes)
+    for leftover in ("meta", "dpipe/journal", NUMBERED):
+        shutil.rmtree(staging / leftover, ignore_errors=True)
+    _stage_own_tables(staging, episodes, stop)
+    _stage_receipts(staging, episodes, stop)
     episodes.receipts.keep([*COUNTS, "staged"])
-    data = _stage_data(root, episodes, embodiment)
-    pictures, each = _pass_statistics(root, episodes, embodiment)
-    statistics = _dataset_statistics(data, episodes, embodiment) | pictures
+    data, unused = _stage_data(root, episodes, embodiment, stop)
+    pictures, each = _pass_statistics(root, episodes, embodiment, stop)
+    statistics = _dataset_statistics(data, episodes, embodiment, staging, stop) | pictures
     statistics = {key: statistics[key] for key in _in_order(episodes, embodiment)}
     tasks = episodes.tasks
     cameras = [CameraFeature(key, s["height"], s["width"]) for key, s in episodes.streams.items()]
     totals = {"episodes": len(episodes), "frames": int(episodes.frames.sum()), "tasks": len(tasks)}
     write_tasks(staging / "meta" / "tasks.parquet", tasks)
     write_json(staging / "meta" / "stats.json", statistics)
-    _stage_episodes(staging, episodes, embodiment, each)
+    _stage_episodes(staging, episodes, embodiment, each, stop)
     described = [
         (camera, _stream_info(episodes.streams[camera.key], video, embodiment.fps)) for camera in cameras
     ]
@@ -148,7 +165,8 @@ def finish(
         staging / "dpipe" / "dropped.jsonl",
         "".join(json.dumps(d.to_json(), ensure_ascii=False) + "\n" for d in dropped).encode(),
     )
-    size = _payload_bytes(root, episodes)
+    videos = (p for p in (root / "videos").rglob("*.mp4") if p.name[0] != ".")
+    size = sum(p.stat().st_size for paths in (data, videos) for p in paths)
     manifest = {
         "dpipe": 1,
         "name": name,
@@ -171,8 +189,9 @@ def finish(
 
     write_file(staging / "README.md", dataset_card(manifest, tasks, dropped).encode())
     write_json(staging / "dpipe" / "manifest.json", manifest)
-    stage_statistics(root, staging)
-    _commit(root, staging)
+    stage_statistics(root, staging, stop)
+    stop.check()
+    _commit(root, staging, unused, stop)
     return FinishResult(totals["episodes"], totals["frames"], size, tuple(dropped), False)
 
 
@@ -238,11 +257,18 @@ def _blocks(count: int, size: int = ROWS_AT_A_TIME) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _stage_data(root: Path, episodes: _Episodes, embodiment: Embodiment) -> list[Path]:
-    """Bring every data part to its final numbers; returns the files in order, staged or already in place."""
+def _stage_data(
+    root: Path, episodes: _Episodes, embodiment: Embodiment, stop: StopRequest
+) -> tuple[list[Path], list[Path]]:
+    """Bring every data part to its final numbers: the files in order, wherever they are, and staged ones of no use.
+
+    A file whose rows moved is written anew below `staging/numbered`. What it is written from stays until the moves
+    are made: a run that is killed before them begins again.
+    """
     import pyarrow.parquet as pq
 
     receipts, kept = episodes.receipts, episodes.kept
+    groups = _row_groups(receipts)
     file_part, row_group = receipts.numbers("file_part")[kept], receipts.numbers("row_group")[kept]
     staged = receipts.numbers("staged")[kept]
     at = np.stack([receipts.numbers(f"at_{name}")[kept] for name in NUMBERS], axis=1)
@@ -262,48 +288,43 @@ def _stage_data(root: Path, episodes: _Episodes, embodiment: Embodiment) -> list
             opened[path] = pq.ParquetFile(path)
         return opened[path].read_row_group(int(row_group[episode]))
 
+    staging = root / "dpipe" / "staging"
     files: list[Path] = []
-    rewrites: list[tuple[Path, Path]] = []
+    used: set[str] = set()
     for part, block in episodes.homes():
-        final, stage = root / data_file(part), staged_data(root, part)
-        current = stage if stage.is_file() else final
-        groups = _row_groups(current)
+        stop.check()
         here = slice(block.start, block.stop)
         as_is = (
-            len(block) == groups
+            len(block) == groups[part]
             and right[here].all()
             and (file_part[here] == part).all()
             and (row_group[here] == np.arange(len(block))).all()
         )
         if as_is:
-            files.append(current)
+            if staged[block.start]:
+                files.append(staged_data(root, part))
+                used |= {str(files[-1]), str(staged_sidecar(root, part))}
+            else:
+                files.append(root / data_file(part))
             continue
-        # A rewrite reads the very file it replaces: it goes beside it and takes its place when all are written.
-        rewritten = stage.with_name(stage.name + ".numbered")
-        write_parquet(rewritten, (_renumber(rows("data", e), episodes.numbers(e)) for e in block), schema)
-        rewrites.append((rewritten, stage))
+        files.append(staging / NUMBERED / data_file(part))
+        write_parquet(files[-1], (_renumber(rows("data", e), episodes.numbers(e)) for e in block), schema)
         if embodiment.sidecar:
-            side = staged_sidecar(root, part)
-            beside = side.with_name(side.name + ".numbered")
+            side = staging / NUMBERED / sidecar_file(part)
             first = rows("sidecar", block[0])
-            write_parquet(beside, (rows("sidecar", e) for e in block), first.schema)
-            rewrites.append((beside, side))
-        files.append(stage)
+            write_parquet(side, (rows("sidecar", e) for e in block), first.schema)
     opened.clear()
-    for rewritten, stage in rewrites:
-        rewritten.replace(stage)
-        sync_folder(stage.parent)
-    wanted = {staged_data(root, part) for part, _ in episodes.homes()}
-    for path in (root / "dpipe" / "staging" / "data").rglob("*.parquet"):
-        if path not in wanted:  # only replacements or dropped episodes: their rows live elsewhere or nowhere
-            path.unlink()
-    return files
+    # Staged and not used: only replacements or dropped episodes, or written anew; their rows live elsewhere now.
+    payload = (path for name in ("data", "dpipe/columns") for path in (staging / name).rglob("*.parquet"))
+    return files, [path for path in payload if str(path) not in used]
 
 
-def _row_groups(path: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return pq.read_metadata(path).num_row_groups if path.is_file() else -1
+def _row_groups(receipts: Receipts) -> NDArray[np.int64]:
+    """[parts]: row groups of each part's file, by the receipts of all that was ever written there."""
+    part, group = receipts.numbers("file_part"), receipts.numbers("row_group")
+    counts = np.zeros(int(max(part.max(initial=0), receipts.numbers("part").max(initial=0))) + 1, np.int64)
+    np.maximum.at(counts, part[part >= 0], group[part >= 0] + 1)
+    return counts
 
 
 def _renumber(table: pa.Table, numbers: tuple[int, int, int]) -> pa.Table:
@@ -327,7 +348,7 @@ def _in_order(episodes: _Episodes, embodiment: Embodiment) -> list[str]:
 
 
 def _pass_statistics(
-    root: Path, episodes: _Episodes, embodiment: Embodiment
+    root: Path, episodes: _Episodes, embodiment: Embodiment, stop: StopRequest
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """One pass over the receipts' statistics: pictures of the dataset, and columns [episodes] for meta/episodes.
 
@@ -348,6 +369,7 @@ def _pass_statistics(
 
     episode_at = _episode_places(episodes)
     for table in read_statistics(root, [*names, *vectors]) if keys or few else ():
+        stop.check()
         numbers = episode_at(table.column("part").to_numpy(), table.column("row").to_numpy())
         mine = np.flatnonzero(numbers >= 0)
         if not len(mine):
@@ -405,18 +427,12 @@ def _episode_places(episodes: _Episodes) -> Any:
     return find
 
 
-def _dataset_statistics(files: Sequence[Path], episodes: _Episodes, embodiment: Embodiment) -> dict[str, Any]:
+def _dataset_statistics(
+    files: Sequence[Path], episodes: _Episodes, embodiment: Embodiment, scratch: Path, stop: StopRequest
+) -> dict[str, Any]:
     """Statistics of the columns, exact over every row; LeRobot's own columns follow from lengths alone."""
-
-    def chunks(name: str) -> Iterator[NDArray[Any]]:
-        for path in files:
-            column = read_columns(path, [name]).column(name).combine_chunks()
-            flat = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
-            yield np.asarray(flat).reshape(len(column), -1)
-
-    result: dict[str, Any] = {}
-    for feature in embodiment.features:
-        result[feature.name] = dataset_statistics(lambda name=feature.name: chunks(name))
+    with _gathered(files, [f.name for f in embodiment.features], scratch, stop) as columns:
+        result: dict[str, Any] = {name: dataset_statistics(blocks) for name, blocks in columns.items()}
     frames = episodes.frames
     total = int(frames.sum())
     longest = int(frames.max())
@@ -435,12 +451,53 @@ def _dataset_statistics(files: Sequence[Path], episodes: _Episodes, embodiment: 
     return result | {name: found[name] for name in DEFAULT_FEATURES}
 
 
+@contextmanager
+def _gathered(
+    files: Sequence[Path], names: Sequence[str], scratch: Path, stop: StopRequest
+) -> Iterator[dict[str, Blocks]]:
+    """Columns of many files as blocks [n, D], to be passed over again and again.
+
+    Opening a small file costs far more than its rows: each is opened once, and what does not fit in memory is kept
+    as plain numbers in files without a name.
+    """
+    with ExitStack() as stack:
+        size = HELD_BYTES // max(1, len(names))
+        held = {
+            name: stack.enter_context(SpooledTemporaryFile(max_size=size, dir=str(scratch))) for name in names
+        }
+        kinds: dict[str, tuple[np.dtype[Any], int]] = {}
+        for table in read_in_turn(files, names):
+            stop.check()
+            for name in names:
+                column = table.column(name).combine_chunks()
+                flat = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
+                values = np.ascontiguousarray(np.asarray(flat).reshape(len(column), -1))
+                kinds.setdefault(name, (values.dtype, values.shape[1]))
+                held[name].write(values.data)
+        yield {name: partial(_blocks_of, held[name], *kinds[name], stop) for name in kinds}
+
+
+def _blocks_of(
+    file: IO[bytes], dtype: np.dtype[Any], width: int, stop: StopRequest
+) -> Iterator[NDArray[Any]]:
+    file.seek(0)
+    row = dtype.itemsize * width
+    while block := file.read(max(1, BLOCK_BYTES // row) * row):
+        stop.check()
+        yield np.frombuffer(block, dtype).reshape(-1, width)
+
+
 def _stage_episodes(
-    staging: Path, episodes: _Episodes, embodiment: Embodiment, each: Mapping[str, NDArray[Any]]
+    staging: Path,
+    episodes: _Episodes,
+    embodiment: Embodiment,
+    each: Mapping[str, NDArray[Any]],
+    stop: StopRequest,
 ) -> None:
     """meta/episodes: one row an episode, files of at most EPISODES_PER_FILE rows, some rows at a time."""
     schema = _episodes_table(episodes, embodiment, each, 0, slice(0, 1)).schema
     for index, rows in enumerate(_blocks(len(episodes), EPISODES_PER_FILE)):
+        stop.check()
         tables = (
             _episodes_table(
                 episodes, embodiment, each, index, slice(rows.start + b.start, rows.start + b.stop)
@@ -513,11 +570,12 @@ def _default_statistics(episodes: _Episodes, fps: int, block: slice) -> dict[str
     return result
 
 
-def _stage_own_tables(staging: Path, episodes: _Episodes) -> None:
+def _stage_own_tables(staging: Path, episodes: _Episodes, stop: StopRequest) -> None:
     """dpipe/episodes.parquet and dpipe/segments.parquet."""
     import pyarrow as pa
 
     def own(block: slice) -> pa.Table:
+        stop.check()
         return pa.table(
             {
                 "episode_index": pa.array(np.arange(block.start, block.stop)),
@@ -548,6 +606,7 @@ def _stage_own_tables(staging: Path, episodes: _Episodes) -> None:
     )
 
     def segments(block: slice) -> pa.Table:
+        stop.check()
         rows = [
             {"episode_index": episode, **segment}
             for episode, text in enumerate(episodes.texts("segments", block).to_pylist(), block.start)
@@ -558,7 +617,7 @@ def _stage_own_tables(staging: Path, episodes: _Episodes) -> None:
     write_parquet(staging / "dpipe" / "segments.parquet", map(segments, blocks), schema)
 
 
-def _stage_receipts(staging: Path, episodes: _Episodes) -> None:
+def _stage_receipts(staging: Path, episodes: _Episodes, stop: StopRequest) -> None:
     """journal/receipts.parquet: the receipt of every episode, with where its rows lie once the moves are made."""
     import pyarrow as pa
 
@@ -575,6 +634,7 @@ def _stage_receipts(staging: Path, episodes: _Episodes) -> None:
     replaced |= {f"at_{name}": located[name] for name in NUMBERS}
 
     def facts(block: slice) -> pa.Table:
+        stop.check()
         rows = latest[block]
         columns = []
         for field in schema:
@@ -596,42 +656,55 @@ def _stage_receipts(staging: Path, episodes: _Episodes) -> None:
     )
 
 
-def _commit(root: Path, staging: Path) -> None:
+def _commit(root: Path, staging: Path, unused: Sequence[Path], stop: StopRequest) -> None:
     """Name every move in a redo log, then make them; `recover` does the same after a kill."""
-    last = ["meta/info.json", "dpipe/manifest.json"]
-    moves = sorted(
-        p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file() and p.name[0] != "."
-    )
-    moves = [m for m in moves if m not in last and m != "moves.json"] + last
-    before = {p.relative_to(root).as_posix() for p in (root / "meta" / "episodes").rglob("*.parquet")}
-    stale = sorted(before - set(moves))
-    parts = sorted((root / "dpipe" / "journal" / "parts").glob("part-*"))
-    remove = stale + [p.relative_to(root).as_posix() for p in parts]
-    write_json(staging / "moves.json", {"moves": moves, "remove": remove})
-    _apply(root, {"moves": moves, "remove": remove})
+    last = ("meta/info.json", "dpipe/manifest.json")
+    spare = {path.relative_to(staging).as_posix() for path in unused}
+    sources = [name for name in _files_below(staging) if name not in spare and name != "moves.json"]
+    moves = dict(sorted((name.removeprefix(f"{NUMBERED}/"), name) for name in sources))
+    moves |= {name: moves.pop(name) for name in last}
+    before = {f"meta/episodes/{name}" for name in _files_below(root / "meta" / "episodes")}
+    parts = [f"dpipe/journal/parts/{name}" for name in _files_below(root / "dpipe" / "journal" / "parts")]
+    spared = [f"dpipe/staging/{name}" for name in spare]
+    log = {"moves": moves, "remove": [*sorted(before - set(moves)), *parts, *sorted(spared)]}
+    write_json(staging / "moves.json", log, indent=None)
+    _apply(root, log, stop)
 
 
-def _apply(root: Path, log: Mapping[str, list[str]]) -> None:
+def _files_below(folder: Path) -> list[str]:
+    """Names of files that are whole, relative to a folder; in order."""
+    found = []
+    for at, _, names in os.walk(folder):
+        below = Path(at).relative_to(folder).as_posix() + "/"
+        found += [below.removeprefix("./") + name for name in names if name[0] != "."]
+    return sorted(found)
+
+
+def _apply(root: Path, log: Mapping[str, Any], stop: StopRequest) -> None:
     """Make the moves; each folder is made durable once, and before the two files that make it a dataset."""
     staging = root / "dpipe" / "staging"
-    first = [m for m in log["moves"] if (staging / m).is_file()]
-    if "meta/info.json" in first:
-        for name in ("dpipe/manifest.json", "meta/info.json"):
+    *first, info, manifest = log["moves"].items()
+    if (staging / info[1]).is_file():
+        for name in (manifest[0], info[0]):
             POINT(f"unlink {name}")
             (root / name).unlink(missing_ok=True)
     for name in log["remove"]:
+        stop.check()
         (root / name).unlink(missing_ok=True)
-    folders = sorted({(root / name).parent for name in log["moves"]})
+    folders = sorted({(root / target).parent for target in log["moves"]})
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    for name in first[:-2]:
-        POINT(f"rename {name}")
-        (staging / name).replace(root / name)
+    for target, source in first:
+        stop.check()
+        POINT(f"rename {target}")
+        if (staging / source).is_file():
+            (staging / source).replace(root / target)
     for folder in folders:
         POINT(f"fsync {folder.name}")
         sync_folder(folder)
-    for name in first[-2:]:
-        move_file(staging / name, root / name)
+    for target, source in (info, manifest):
+        if (staging / source).is_file():
+            move_file(staging / source, root / target)
     shutil.rmtree(staging)
 
 
@@ -704,14 +777,3 @@ def _embodiment_json(embodiment: Embodiment, variant: str) -> dict[str, Any]:
         "sidecar": described(embodiment.sidecar),
         "citation": embodiment.citation,
     }
-
-
-def _payload_bytes(root: Path, episodes: _Episodes) -> int:
-    """Bytes of data files, those already in place or still staged, and of every video."""
-    size = 0
-    for part in np.unique(episodes.home).tolist():
-        for path in (root / data_file(part), staged_data(root, part)):
-            if path.is_file():
-                size += path.stat().st_size
-                break
-    return size + sum(p.stat().st_size for p in (root / "videos").rglob("*.mp4") if p.name[0] != ".")

@@ -11,7 +11,8 @@ Facts are small and read by every run; statistics are large and pass through `fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,13 @@ import numpy as np
 from ..schemas.errors import DataError
 from ..schemas.features import Feature
 from .durable import write_json
-from .tables import STATISTICS, numbers_of, read_columns, write_parquet
+from .tables import FILES_A_TASK, READERS, STATISTICS, numbers_of, read_columns, read_in_turn, write_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+    from .execute import StopRequest
     from .spool import Spool
 
 NUMBERS = ("episode_index", "index", "task_index")
@@ -38,6 +40,7 @@ COMPARED = ("source_id", "key", "memo", "raw_digest", "dropped", "remedy", "spli
 
 BATCH = 16_384  # receipts held as Python objects at a time
 PARTS_PER_FILE = 256
+STATISTICS_AT_A_TIME = 1024  # episodes, of some kilobytes each
 
 
 def receipt_schema() -> pa.Schema:
@@ -215,7 +218,7 @@ def load_receipts(root: Path, columns: Sequence[str] | None = None) -> Receipts:
         table = read_columns(finished, columns)
         streams |= json.loads((table.schema.metadata or {}).get(b"streams", b"{}"))
         batches += table.replace_schema_metadata(None).to_batches()
-    loose = sorted((journal / "parts").glob("part-*.json"))
+    loose = _loose_files(journal, ".json")
     for start in range(0, len(loose), 1024):
         batch, found = _loose(loose[start : start + 1024], columns)
         batches.append(batch)
@@ -223,28 +226,62 @@ def load_receipts(root: Path, columns: Sequence[str] | None = None) -> Receipts:
     return Receipts(batches, streams)
 
 
-def _loose(paths: Sequence[Path], columns: Sequence[str] | None) -> tuple[pa.RecordBatch, dict[str, Any]]:
+def _loose_files(journal: Path, suffix: str) -> list[str]:
+    """What parts have left, in their order. As text: of 80,000 paths pathlib makes and compares some seconds."""
+    folder = journal / "parts"
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+    return [f"{folder}/{name}" for name in sorted(names) if name[:5] == "part-" and name.endswith(suffix)]
+
+
+def _contents(paths: Sequence[str]) -> list[bytes]:
+    """Of many small files; several are asked for at once, since a disk that is asked one by one answers slowly."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def read(some: Sequence[str]) -> list[bytes]:
+        texts = []
+        for path in some:
+            with open(path, "rb") as file:
+                texts.append(file.read())
+        return texts
+
+    if len(paths) <= FILES_A_TASK:
+        return read(paths)
+    runs = [paths[start : start + FILES_A_TASK] for start in range(0, len(paths), FILES_A_TASK)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return [text for texts in pool.map(read, runs) for text in texts]
+
+
+def _loose(paths: Sequence[str], columns: Sequence[str] | None) -> tuple[pa.RecordBatch, dict[str, Any]]:
     import pyarrow as pa
 
     schema = receipt_schema()
     if columns is not None:
         schema = pa.schema([schema.field(name) for name in columns])
-    values: dict[str, list[Any]] = {name: [] for name in schema.names}
+    parts: list[int] = []
+    rows: list[int] = []
+    episodes: list[dict[str, Any]] = []
     streams: dict[str, Any] = {}
-    for path in paths:
+    for path, text in zip(paths, _contents(paths), strict=True):
         try:
-            facts = json.loads(path.read_bytes())
+            facts = json.loads(text)
         except ValueError as error:
             raise DataError(
                 f"receipt {path} is torn: {error}; delete it and run the same command again"
             ) from error
         streams = facts["streams"] | streams
-        told = {"part": facts["part"], "file_part": facts["part"], "staged": 1}
-        for row, episode in enumerate(facts["episodes"]):
-            told["row"] = row
-            for name, column in values.items():
-                column.append(told[name] if name in told else episode[name])
-    arrays = [pa.array(values[field.name], field.type) for field in schema]
+        count = len(facts["episodes"])
+        parts += [facts["part"]] * count
+        rows += range(count)
+        episodes += facts["episodes"]
+    told: dict[str, Sequence[int]] = {
+        "part": parts, "file_part": parts, "row": rows, "staged": [1] * len(parts)
+    }  # fmt: skip
+    arrays = [
+        pa.array(told.get(field.name) or [episode[field.name] for episode in episodes], field.type)
+        if episodes
+        else pa.array([], field.type)
+        for field in schema
+    ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema), streams
 
 
@@ -260,25 +297,49 @@ def read_statistics(root: Path, columns: Sequence[str] | None = None) -> Iterato
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns)
-    for path in _loose_statistics(journal):
-        yield read_columns(path, columns)
+    yield from read_in_turn(_loose_statistics(journal), columns)
 
 
-def stage_statistics(root: Path, staging: Path) -> None:
+def stage_statistics(root: Path, staging: Path, stop: StopRequest) -> None:
     """Bring the statistics of loose parts together, in the order of parts; those of earlier runs stay."""
+    from concurrent.futures import ThreadPoolExecutor
+
     loose = _loose_statistics(root / "dpipe" / "journal")
-    for start in range(0, len(loose), PARTS_PER_FILE):
-        paths = loose[start : start + PARTS_PER_FILE]
-        first = paths[0].stem.removeprefix("part-")
+    folder = staging / "dpipe" / "journal" / "statistics"
+
+    def stage(paths: Sequence[str]) -> None:
+        stop.check()
+        first = Path(paths[0]).stem.removeprefix("part-")
         schema = read_columns(paths[0]).schema
-        tables = (read_columns(path).cast(schema) for path in paths)
-        write_parquet(staging / "dpipe" / "journal" / "statistics" / f"from-{first}.parquet", tables, schema)
+        tables = (read_columns(path, use_threads=False) for path in paths)
+        same = (t if t.schema.equals(schema) else t.cast(schema) for t in tables)
+        write_parquet(folder / f"from-{first}.parquet", _together(same), schema)
+
+    files = [loose[start : start + PARTS_PER_FILE] for start in range(0, len(loose), PARTS_PER_FILE)]
+    if len(files) <= 1:
+        for paths in files:
+            stage(paths)
+        return
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(stage, files):
+            pass
 
 
-def _loose_statistics(journal: Path) -> list[Path]:
+def _together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Small tables as larger ones: of a dozen episodes, a row group costs more to write than its numbers."""
+    import pyarrow as pa
+
+    some: list[pa.Table] = []
+    for table in tables:
+        some.append(table)
+        if sum(t.num_rows for t in some) >= STATISTICS_AT_A_TIME:
+            yield pa.concat_tables(some).combine_chunks()
+            some = []
+    if some:
+        yield pa.concat_tables(some).combine_chunks()
+
+
+def _loose_statistics(journal: Path) -> list[str]:
     """Statistics of parts that have their receipt: without one they are half of what a killed worker wrote."""
-    return [
-        path
-        for path in sorted((journal / "parts").glob("part-*.parquet"))
-        if path.with_suffix(".json").is_file()
-    ]
+    receipts = {path.removesuffix(".json") for path in _loose_files(journal, ".json")}
+    return [path for path in _loose_files(journal, ".parquet") if path.removesuffix(".parquet") in receipts]
