@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from .durable import (
     require_space,
     write_json,
 )
-from .execute import READ_ERRORS, Executor, Failure, Task, open_executor, stop_requests
+from .execute import READ_ERRORS, Executor, Failure, StopRequest, Task, open_executor, stop_requests
 from .finish import FinishResult, finish, recover
 from .payload import (
     EpisodeJob,
@@ -142,13 +143,16 @@ def convert_all(
     from .plan import plan_convert
 
     begun = time.monotonic()
-    catalog = read_catalog(request, progress, keep=True)
-    requests = by_variant(request, catalog)
-    if agree is not None and _pixels(catalog.refs, request) > PLANNED_ABOVE_PIXELS:
-        agree([plan_convert(each, catalog) for each in requests])
-    catalogs = [catalog.of(each.variant) for each in requests]
-    del catalog  # each conversion lets go of its own
-    return [convert(_in_what_is_left(each, begun), progress, catalogs.pop(0)) for each in requests]
+    with _Lazy(request) as executors:
+        catalog = read_catalog(request, progress, executors)
+        requests = by_variant(request, catalog)
+        if agree is not None and _pixels(catalog.refs, request) > PLANNED_ABOVE_PIXELS:
+            agree([plan_convert(each, catalog) for each in requests])
+        catalogs = [catalog.of(each.variant) for each in requests]
+        del catalog  # each conversion lets go of its own
+        return [
+            convert(_in_what_is_left(each, begun), progress, catalogs.pop(0), executors) for each in requests
+        ]
 
 
 def _in_what_is_left(request: ConvertRequest, begun: float) -> ConvertRequest:
@@ -176,29 +180,48 @@ def by_variant(request: ConvertRequest, catalog: Catalog) -> list[ConvertRequest
     ]
 
 
-def read_catalog(request: ConvertRequest, progress: Progress, keep: bool = False) -> Catalog:
-    """Scan the raw folder, with what any dataset made from it remembers; `keep` what a stop would lose."""
+def read_catalog(request: ConvertRequest, progress: Progress, executors: _Lazy | None = None) -> Catalog:
+    """Scan the raw folder, with what any dataset made from it remembers.
+
+    With `executors` a conversion begins: what a stop would lose is kept, and the workers that will be needed
+    anyway may be started for the scan.
+    """
     converter = load_converter(request.source)
     made = [request.out, *sorted(request.out.parent.glob(f"{request.out.name}-*"))]
     caches = [root / "dpipe" / "journal" / SCAN for root in made]
     cache = next((path for path in caches if path.is_file()), None)
-    with stop_requests(request.max_time_s) as stop, _Lazy(stop, request) as executors:
+    # A few are read here sooner than workers are asked; of more, all cores but one would wait.
+    here = 2 * request.workers if executors is not None and request.workers else SCANNED_HERE
+    with (
+        nullcontext(executors) if executors else _Lazy(request) as places,
+        stop_requests(request.max_time_s) as stop,
+        places.heeding(stop),
+    ):
 
         def executor_for(recordings: int) -> Executor:
-            return executors.heavy(recordings) if recordings >= SCANNED_HERE else executors.light()
+            return places.heavy(recordings) if recordings >= here else places.light()
 
         # Not within a dataset: which there will be, of recordings of several kinds, a scan has yet to find.
         pieces = request.out.with_name(f".{request.out.name}.scan")
+        keep = executors is not None
         return build_catalog(
             converter, request.raw, request.options, cache, executor_for, progress, pieces, keep
         )
 
 
-def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None = None) -> ConvertResult:
+def convert(
+    request: ConvertRequest,
+    progress: Progress,
+    catalog: Catalog | None = None,
+    executors: _Lazy | None = None,
+) -> ConvertResult:
     """Run one dataset's conversion to the end, or raise Interrupted with everything finished so far kept."""
+    if executors is None:
+        with _Lazy(request) as executors:
+            return convert(request, progress, catalog, executors)
     converter = load_converter(request.source)
     embodiment_check(request)
-    catalog = catalog or read_catalog(request, progress, keep=True)
+    catalog = catalog or read_catalog(request, progress, executors)
     catalog = catalog.of(request.variant)
     journal = request.out / "dpipe" / "journal"
     _refuse_foreign(request.out)
@@ -209,7 +232,7 @@ def convert(request: ConvertRequest, progress: Progress, catalog: Catalog | None
     with (
         exclusive(journal, f"convert {converter.name}", share=request.share),
         stop_requests(request.max_time_s) as stop,
-        _Lazy(stop, request) as executors,
+        executors.heeding(stop),
         full_disk_as_message(request.out),
     ):
         recover(request.out, stop)
@@ -801,11 +824,16 @@ def _clean_spool(journal: Path) -> None:
 
 
 class _Lazy:
-    """Executors made when first needed: a rerun with nothing to do must not start a cluster."""
+    """Executors made when first needed: a rerun with nothing to do must not start a cluster.
 
-    def __init__(self, stop: Any, request: ConvertRequest) -> None:
-        self.stop, self.request = stop, request
+    A conversion's scan and its datasets share one, each with its own ear for requests to stop: between them
+    whoever is asked to agree can still be interrupted.
+    """
+
+    def __init__(self, request: ConvertRequest) -> None:
+        self.request, self.stop = request, StopRequest()
         self.entered: Executor | None = None
+        self.workers = 0
 
     def __enter__(self) -> _Lazy:
         return self
@@ -813,17 +841,29 @@ class _Lazy:
     def __exit__(self, *error: object) -> None:
         if self.entered is not None:
             self.entered.__exit__(*error)
+            self.entered = None
+
+    @contextmanager
+    def heeding(self, stop: StopRequest) -> Iterator[None]:
+        """What runs within stops when asked by `stop`."""
+        self.stop = stop
+        if self.entered is not None:
+            self.entered.stop = stop
+        yield
 
     def light(self) -> Executor:
         """For scans and numbering: the cluster if it is there already, else this process."""
         return self.entered or Executor(self.stop)
 
     def heavy(self, tasks: int) -> Executor:
+        given = self.request.workers
+        workers = min(given, tasks) if self.request.scheduler is None else given
+        if (
+            self.entered is not None and self.workers < workers
+        ):  # enough for a smaller dataset before this one
+            self.__exit__()
         if self.entered is None:
-            workers = (
-                min(self.request.workers, tasks) if self.request.scheduler is None else self.request.workers
-            )
-            self.entered = open_executor(self.stop, workers, self.request.scheduler)
+            self.entered, self.workers = open_executor(self.stop, workers, self.request.scheduler), workers
             self.entered.__enter__()
         return self.entered
 
