@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..schemas.errors import DataError
 
@@ -124,7 +124,9 @@ def zip_members(read_at: ReadAt, size: int, tail: int = 4096) -> Iterator[ZipMem
     offset, length, entries = zip_directory(read_at, size, tail)
     buffer, at, done, found = b"", 0, 0, 0
     while found < entries:
-        if len(buffer) - at < _ENTRY.size or len(buffer) - at < _entry_size(buffer, at):
+        fields = _ENTRY.unpack_from(buffer, at) if len(buffer) - at >= _ENTRY.size else None
+        stop = at + _ENTRY.size + sum(fields[10:13]) if fields else 0  # name, extra field, comment
+        if fields is None or stop > len(buffer):
             block = read_at(offset + done, min(DIRECTORY_BLOCK, length - done))
             if not block:
                 raise DataError(
@@ -132,31 +134,28 @@ def zip_members(read_at: ReadAt, size: int, tail: int = 4096) -> Iterator[ZipMem
                 )
             buffer, at, done = buffer[at:] + block, 0, done + len(block)
             continue
-        member, at = _parse_entry(buffer, at)
-        found += 1
+        member = _parse_entry(buffer, at + _ENTRY.size, fields)
+        at, found = stop, found + 1
         if not member.name.endswith("/"):
             yield member
 
 
-def _entry_size(buffer: bytes, at: int) -> int:
-    return _ENTRY.size + sum(struct.unpack_from("<3H", buffer, at + 28))
-
-
-def _parse_entry(buffer: bytes, at: int) -> tuple[ZipMember, int]:
-    fields = _ENTRY.unpack_from(buffer, at)
-    signature, _, _, flags, method, _, _, crc, packed, size, name_size, extra_size, comment_size = fields[:13]
+def _parse_entry(buffer: bytes, start: int, fields: tuple[Any, ...]) -> ZipMember:
+    """A directory entry from its fields of fixed size; its name begins at `start` of the buffer."""
+    signature, _, _, flags, method, _, _, crc, packed, size, name_size, extra_size = fields[:12]
     header = fields[16]
     if signature != b"PK\1\2":
         raise DataError("the zip directory is damaged: an entry does not begin where it should")
-    start = at + _ENTRY.size
     raw = buffer[start : start + name_size]
     if size == 0xFFFFFFFF or packed == 0xFFFFFFFF or header == 0xFFFFFFFF:
         extra = buffer[start + name_size : start + name_size + extra_size]
         size, packed, header = _zip64_sizes(extra, size, packed, header)
-    name = raw.decode("utf-8" if flags & 0x800 else "cp437", "replace")
+    # Python's own cp437 is a table walked in Python: a third of the time of listing an npz.
+    encoding = "ascii" if raw.isascii() else "utf-8" if flags & 0x800 else "cp437"
+    name = raw.decode(encoding, "replace")
     if flags & 1:
         raise DataError(f"member {name!r} is encrypted; refused")
-    return ZipMember(name, header, packed, size, method, crc), start + name_size + extra_size + comment_size
+    return ZipMember(name, header, packed, size, method, crc)
 
 
 def _zip64_sizes(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
