@@ -278,6 +278,7 @@ def convert(
             scan_dropped=left_out,
             warnings=[note for _, note in notes],
             stop=stop,
+            progress=progress,
         )
         shards = _write_shards(request, request.shards, executors, progress) if request.shards else None
         _clean_spool(journal)

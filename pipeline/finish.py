@@ -32,6 +32,7 @@ from ..schemas.statistics import Blocks
 from .durable import POINT, move_file, sync_folder, write_file, write_json
 from .execute import StopRequest
 from .payload import VideoOptions, sidecar_file, staged_data, staged_sidecar
+from .progress import Progress
 from .receipts import (
     COMPARED,
     COUNTS,
@@ -107,6 +108,7 @@ def finish(
     scan_dropped: Sequence[Dropped],
     warnings: Sequence[str],
     stop: StopRequest,
+    progress: Progress,
 ) -> FinishResult:
     """Number the episodes of `order` and put the dataset's tables in place; a no-op when nothing changed.
 
@@ -140,7 +142,7 @@ def finish(
     episodes.receipts.keep([*COUNTS, "staged"])
     data, unused = _stage_data(root, episodes, embodiment, stop)
     pictures, each = _pass_statistics(root, episodes, embodiment, stop)
-    statistics = _dataset_statistics(data, episodes, embodiment, staging, stop) | pictures
+    statistics = _dataset_statistics(data, episodes, embodiment, staging, stop, progress) | pictures
     statistics = {key: statistics[key] for key in _in_order(episodes, embodiment)}
     tasks = episodes.tasks
     cameras = [CameraFeature(key, s["height"], s["width"]) for key, s in episodes.streams.items()]
@@ -428,10 +430,15 @@ def _episode_places(episodes: _Episodes) -> Any:
 
 
 def _dataset_statistics(
-    files: Sequence[Path], episodes: _Episodes, embodiment: Embodiment, scratch: Path, stop: StopRequest
+    files: Sequence[Path],
+    episodes: _Episodes,
+    embodiment: Embodiment,
+    scratch: Path,
+    stop: StopRequest,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Statistics of the columns, exact over every row; LeRobot's own columns follow from lengths alone."""
-    with _gathered(files, [f.name for f in embodiment.features], scratch, stop) as columns:
+    with _gathered(files, [f.name for f in embodiment.features], scratch, stop, progress) as columns:
         result: dict[str, Any] = {name: dataset_statistics(blocks) for name, blocks in columns.items()}
     frames = episodes.frames
     total = int(frames.sum())
@@ -453,7 +460,7 @@ def _dataset_statistics(
 
 @contextmanager
 def _gathered(
-    files: Sequence[Path], names: Sequence[str], scratch: Path, stop: StopRequest
+    files: Sequence[Path], names: Sequence[str], scratch: Path, stop: StopRequest, progress: Progress
 ) -> Iterator[dict[str, Blocks]]:
     """Columns of many files as blocks [n, D], to be passed over again and again.
 
@@ -466,14 +473,17 @@ def _gathered(
             name: stack.enter_context(SpooledTemporaryFile(max_size=size, dir=str(scratch))) for name in names
         }
         kinds: dict[str, tuple[np.dtype[Any], int]] = {}
+        progress.begin("number", len(files), "files")
         for table in read_in_turn(files, names):
             stop.check()
+            progress.advance(1, table.num_rows, table.nbytes)
             for name in names:
                 column = table.column(name).combine_chunks()
                 flat = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
                 values = np.ascontiguousarray(np.asarray(flat).reshape(len(column), -1))
                 kinds.setdefault(name, (values.dtype, values.shape[1]))
                 held[name].write(values.data)
+        progress.end()
         yield {name: partial(_blocks_of, held[name], *kinds[name], stop) for name in kinds}
 
 
