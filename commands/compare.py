@@ -11,7 +11,7 @@ import click
 from ..schemas.errors import UsageError
 from .completion import complete_dataset
 from .datasets import find_datasets, targets_folder
-from .options import Execution, answer, common
+from .options import Execution, answer, common, say
 from .precompute import make_targets, missing_targets
 
 
@@ -53,9 +53,9 @@ def compare(
 
     if not names:
         for ablation in ABLATIONS.values():
-            click.echo(
-                f"{ablation.name:14s} {ablation.question}: {', '.join(r.label for r in ablation.rows)}"
-            )
+            rows = [row.label for row in ablation.rows]
+            facts = {"ablation": ablation.name, "question": ablation.question, "rows": rows}
+            answer(facts, f"{ablation.name:14s} {ablation.question}: {', '.join(rows)}", as_json)
         return
     if vary and len(names) != 1:
         raise UsageError("--vary takes one RECIPE before it: dpipe compare libra --vary bins=5,10")
@@ -66,7 +66,9 @@ def compare(
     if dry_run:
         for ablation in chosen:
             runs = sorted({run_name(ablation, row, seed) for row in ablation.rows for seed in numbers})
-            click.echo(f"{ablation.name}: {len(runs)} runs of {ablation.recipe}\n  " + "\n  ".join(runs))
+            facts = {"ablation": ablation.name, "recipe": ablation.recipe, "runs": runs}
+            text = f"{ablation.name}: {len(runs)} runs of {ablation.recipe}\n  " + "\n  ".join(runs)
+            answer(facts, text, as_json)
         return
     roots = find_datasets(how, (dataset,) if dataset else ())
     if len(roots) != 1:
@@ -84,7 +86,7 @@ def compare(
             steps=steps,
             episodes=episodes,
             targets=targets_folder(space, root),
-            say=lambda text: click.echo(text, err=True),
+            say=lambda text: say(text, as_json),
         )
         folder = space.root / "compare"
         folder.mkdir(exist_ok=True)

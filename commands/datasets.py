@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from ..schemas.errors import UsageError
 from .convert import convert
-from .options import Execution
+from .options import Execution, say
 
 if TYPE_CHECKING:
     from ..pipeline.workspace import Workspace
@@ -36,7 +34,7 @@ def find_datasets(how: Execution, named: Sequence[str], convert_missing: bool = 
     unmade = unmade_sources(space)
     plan = "; ".join(f"dpipe convert {source} --to lerobot" for source in unmade)
     if unmade and (convert_missing or how.dry_run):
-        click.echo(f"first: {plan}", err=True)
+        say(f"first: {plan}", how.as_json)
         for source in unmade if not how.dry_run else []:
             convert.main([source, "--allow-dropped", *how.words()], standalone_mode=False)
     roots = space.datasets()

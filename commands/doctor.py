@@ -11,7 +11,7 @@ import click
 
 from ..schemas.errors import UsageError
 from .completion import complete_dataset
-from .options import common, open_space
+from .options import common, open_space, say
 
 
 @click.command()
@@ -65,9 +65,7 @@ def doctor(
         path = space.dataset(given) if space.dataset(given).is_dir() else Path(given)
         if fix:
             done = mend(path, out or fixed_folder(path))
-            click.echo(
-                f"{path.name}: rebuilt {', '.join(done.changed) or 'nothing'} in {done.root}", err=True
-            )
+            say(f"{path.name}: rebuilt {', '.join(done.changed) or 'nothing'} in {done.root}", as_json)
             path = done.root
         reports.append(examine(path, level, source, where))
         if not as_json:

@@ -10,7 +10,7 @@ import click
 
 from ..schemas.errors import UsageError
 from .completion import complete_run
-from .options import answer, common, open_space
+from .options import answer, common, open_space, say
 
 if TYPE_CHECKING:
     from ..pipeline.workspace import Workspace
@@ -64,7 +64,7 @@ def evaluate(
         device=device,
         options={"refine": False} if no_refine else {},
         video=video,
-        say=lambda text: click.echo(text, err=True),
+        say=lambda text: say(text, as_json),
     )
     facts = asdict(report) | {
         "success": report.success,

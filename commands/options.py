@@ -212,6 +212,11 @@ def show_progress(as_json: bool) -> Progress:
     return Progress(json_events=as_json)
 
 
+def say(text: str, as_json: bool) -> None:
+    """One line of news on stderr; with --json an event, so that every line there can be parsed."""
+    show_progress(as_json).say(text)
+
+
 def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

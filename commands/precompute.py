@@ -19,6 +19,7 @@ from .options import (
     agree_to,
     answer,
     running,
+    say,
     show_plan,
     show_progress,
 )
@@ -256,7 +257,7 @@ def _train_policies(
         option, recipe = POLICIES.get(stage, ("", ""))
         if not option or params.get(stage, {}).get(option) or _embedded(how.space, root, stage):
             continue
-        click.echo(f"first: dpipe train {recipe} --dataset {root.name}", err=True)
+        say(f"first: dpipe train {recipe} --dataset {root.name}", how.as_json)
         load_command("train").main([recipe, "--dataset", str(root), *how.words()], standalone_mode=False)
 
 
@@ -277,7 +278,7 @@ def _list_stages(space: Workspace, named: Sequence[str], out: Path | None, as_js
             return
         for stage, summary in STAGES.items():
             click.echo(f"{stage:12s} {summary}")
-        click.echo(f"What each costs is told once there is a dataset in {space.root / 'lerobot'}.", err=True)
+        say(f"What each costs is told once there is a dataset in {space.root / 'lerobot'}.", as_json)
         return
     for root in roots:
         costs = _costs(space, root, out or targets_folder(space, root))

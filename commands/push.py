@@ -10,7 +10,7 @@ import click
 
 from ..schemas.errors import UsageError
 from .completion import complete_dataset
-from .options import answer, common, open_space
+from .options import answer, common, open_space, say
 
 
 @click.command()
@@ -47,7 +47,7 @@ def push(
 
     root = open_space(workspace).find_dataset(dataset)
     plan = plan_push(root, repo_id, accept_licence, with_dpipe, not public)
-    click.echo(plan.to_text(), err=True)
+    say(plan.to_text(), as_json)
     facts = {"repo_id": repo_id, "files": len(plan.files), "bytes": plan.bytes, "licence": plan.licence}
     if dry_run:
         answer(facts | {"pushed": False}, f"{len(plan.files):,} files would be sent", as_json)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .completion import complete_dataset
-from .options import answer, common, open_space
+from .options import answer, common, open_space, say
 
 
 @click.command()
@@ -32,7 +32,7 @@ def report(
 
     made = write_report(open_space(workspace), paths, out, force)
     for problem in made.problems:
-        click.echo(f"not shown: {problem}", err=True)
+        say(f"not shown: {problem}", as_json)
     facts = vars(made) | {"path": str(made.path), "problems": list(made.problems)}
     text = f"report: {made.datasets} datasets, {made.runs} runs, {made.bytes / 1e6:.1f} MB in {made.path}"
     answer(facts, text, as_json)

@@ -20,6 +20,7 @@ from .options import (
     OwnOptionsCommand,
     answer,
     running,
+    say,
     show_progress,
 )
 from .precompute import agree_to_targets, make_targets, missing_targets, plan_dataset, plan_missing
@@ -110,7 +111,7 @@ def train(
     if mix is not None:
         _refuse_mixing(recipe)
     if not named:
-        _stop_before_work(space, recipe)
+        _stop_before_work(space, recipe, how.as_json)
     try:
         roots = find_datasets(how, named, convert_missing=not no_deps)
     except UsageError as error:
@@ -118,12 +119,12 @@ def train(
             raise
         sizes = _sizes(recipe, given, steps, preset, [])
         answer({"sizes": sizes.to_json()}, sizes.table, how.as_json)
-        click.echo(f"without data there is no plan: {str(error).splitlines()[0]}", err=True)
+        say(f"without data there is no plan: {str(error).splitlines()[0]}", how.as_json)
         return
     if not roots:  # --dry-run, with everything still to be converted
         planned = plan_missing(space, named, (), how.as_json)
         _show(planned, _sizes(recipe, given, steps, preset, []), how.processes, how.price, how.as_json)
-        click.echo(f"then: dpipe train {recipe}, on what is converted", err=True)
+        say(f"then: dpipe train {recipe}, on what is converted", how.as_json)
         return
     groups = group_datasets(roots)
     if len(groups) > 1:
@@ -144,7 +145,7 @@ def train(
     run_dir = space.run(recipe, name or ("mixed" if mixing else roots[0].name))
     for root in roots:
         if missing[root]:
-            click.echo(f"first: dpipe precompute {' '.join(missing[root])} --dataset {root.name}", err=True)
+            say(f"first: dpipe precompute {' '.join(missing[root])} --dataset {root.name}", how.as_json)
     if how.dry_run:
         from ..pipeline.plan import plan_training
 
@@ -164,7 +165,7 @@ def train(
         "config": own,
         "options": {**preset_settings.options, **options},
         "frames": frames,
-        "say": lambda text: click.echo(text, err=True),
+        "say": lambda text: say(text, how.as_json),
         "preset": preset,
         "track": track.split(","),
         "max_time_s": how.seconds_left,
@@ -243,7 +244,7 @@ def _refuse_mixing(recipe: str) -> None:
         )
 
 
-def _stop_before_work(space: Workspace, recipe: str) -> None:
+def _stop_before_work(space: Workspace, recipe: str, as_json: bool) -> None:
     """Where several embodiments lie in a workspace, converted or not, and the recipe cannot mix them, say so now."""
     from ..pipeline.groups import group_datasets, plan_datasets, stop_at_several
 
@@ -254,7 +255,7 @@ def _stop_before_work(space: Workspace, recipe: str) -> None:
         return
     problem = _mixing_problem(recipe)
     if problem:
-        progress = show_progress(False)
+        progress = show_progress(as_json)
         planned = [each for word in unmade for each in plan_datasets(default_request(space, word), progress)]
         stop_at_several(group_datasets(made, planned), recipe, problem)
 

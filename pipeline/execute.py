@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..schemas.errors import DataError, DpipeError, Interrupted, UsageError
@@ -165,6 +166,7 @@ class DaskExecutor(Executor):
         self.workers, self.scheduler = workers, scheduler
         self.cluster: Any = None
         self.client: Any = None
+        self.scratch: TemporaryDirectory[str] | None = None  # Dask's own would stay where temporary files lie
 
     def __enter__(self) -> DaskExecutor:
         import dask.config
@@ -194,6 +196,8 @@ class DaskExecutor(Executor):
                 raise UsageError(f"no Dask scheduler answers at {self.scheduler}: {error}") from error
             self.workers = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
         else:
+            self.scratch = TemporaryDirectory(prefix="dpipe-workers-", ignore_cleanup_errors=True)
+            dask.config.set({"temporary-directory": self.scratch.name})
             with _unheard(signal.SIGINT, signal.SIGUSR1):
                 self.cluster = LocalCluster(
                     n_workers=self.workers,
@@ -212,6 +216,8 @@ class DaskExecutor(Executor):
             self.client.close(timeout=5)
         if self.cluster is not None:
             self.cluster.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
     def _scheduler_gone(self) -> DataError:
         return DataError(

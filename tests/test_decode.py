@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import av
@@ -441,3 +442,17 @@ def test_a_forked_process_opens_its_own_readers(clips):
 
 def test_the_stored_pixel_format_is_named(clips, tmp_path):
     assert decode.pixel_format(clips["x265 closed"]) == "yuv420p"
+
+
+def test_a_probe_leaves_nothing_behind_even_when_it_dies_half_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen: list[list[Path]] = []
+    opened = decode._open
+
+    def look(path: Path, name: str, *rest: object) -> object:
+        seen.append(list(tmp_path.iterdir()))  # what would stay if a library took the process down here
+        return opened(path, name, *rest)
+
+    monkeypatch.setattr(decode, "_open", look)
+    assert decode.backend_problem.__wrapped__("pyav") is None
+    assert seen == [[], []] and not list(tmp_path.iterdir())

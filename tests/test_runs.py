@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from dpipe.pipeline.execute import Executor, Failure, StopRequest
+from dpipe.pipeline.execute import Executor, Failure, StopRequest, open_executor
 from dpipe.pipeline.slurm import parse_share, sbatch_script
 from dpipe.schemas.errors import DataError, Interrupted, UsageError
 from raw_libero import demo_arrays, write_raw, write_suite
@@ -94,6 +95,15 @@ def test_an_executor_reports_failures_and_honours_a_stop():
 
 
 @pytest.mark.slow
+def test_local_workers_leave_no_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with open_executor(StopRequest(), workers=1, scheduler=None) as executor:
+        executor.submit("a", abs, -3)
+        assert dict(executor.results()) == {"a": 3}
+        assert list(tmp_path.iterdir())  # Dask keeps its locks somewhere while it runs
+    assert not list(tmp_path.iterdir())
+
+
 def test_sigterm_drains_exits_75_and_the_rerun_gives_the_same_bytes(tmp_path: Path):
     write_suite(tmp_path / "raw", demos=40, steps=40, side=128)
     words = [
