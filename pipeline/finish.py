@@ -48,6 +48,7 @@ from .statistics import (
     constant_statistics,
     dataset_statistics,
     histogram_statistics,
+    histograms_statistics,
     weighted_statistics,
 )
 from .tables import (
@@ -381,11 +382,7 @@ def _pass_statistics(
             counted = table.column(f"counted/{key}").to_numpy()[mine]
             counts[key] += values.sum(axis=0)
             frames[key] += int(counted.sum())
-            told = (
-                [histogram_statistics(v, int(n)) for v, n in zip(values, counted, strict=True)] if few else []
-            )
-            for name in STATISTICS if few else ():
-                column = np.array([np.reshape(each[name], -1) for each in told])
+            for name, column in histograms_statistics(values, counted).items() if few else ():
                 hold(f"stats/observation.images.{key}/{name}", numbers[mine], column)
         for name in vectors:
             hold(name, numbers[mine], _list_rows(table.column(name), mine))

@@ -8,7 +8,6 @@ Source for which frames are sampled: lerobot 0.6.1 `datasets/compute_stats.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +28,8 @@ def column_statistics(column: NDArray[Any]) -> dict[str, list[float] | list[int]
         "std": values.std(axis=0).tolist(),
         "count": [len(values)],
     }
-    ordered = np.sort(values, axis=0)
-    for name, q in QUANTILES.items():
-        result[name] = _interpolate(ordered, q).tolist()
-    return result
+    quantiles = _interpolate(np.sort(values, axis=0), np.array(list(QUANTILES.values())))
+    return result | dict(zip(QUANTILES, quantiles.tolist(), strict=True))
 
 
 def arange_statistics(start: int, count: int) -> dict[str, list[float] | list[int]]:
@@ -92,7 +89,7 @@ class FrameHistogram:
         self.counts = np.zeros((3, 256), np.int64)
         self.frames = 0
 
-    def add(self, frames: NDArray[np.uint8], wanted: Sequence[int] | slice = slice(None)) -> None:
+    def add(self, frames: NDArray[np.uint8], wanted: NDArray[np.int64] | slice = slice(None)) -> None:
         """Those `wanted` of frames [n, H, W, 3]; thinned by striding, as LeRobot thins large pictures."""
         from PIL import Image
 
@@ -114,28 +111,35 @@ class FrameHistogram:
 
 def histogram_statistics(counts: NDArray[np.int64], frames: int) -> dict[str, Any]:
     """[3, 256] counts -> LeRobot picture statistics: each [3, 1, 1], levels divided by 255, `count` in frames."""
+    found = histograms_statistics(counts[None], np.array([frames]))
+    shaped: dict[str, Any] = {name: [[[v]] for v in values[0].tolist()] for name, values in found.items()}
+    return shaped | {"count": [frames]}
+
+
+def histograms_statistics(counts: NDArray[np.int64], frames: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """The same of many pictures at once: [E, 3, 256] counts -> [E, 3] a statistic, `count` [E, 1]."""
     levels = np.arange(256) / 255.0
-    total = counts.sum(axis=1)
-    mean = counts @ levels / total
-    variance = counts @ levels**2 / total - mean**2
-    result: dict[str, Any] = {
-        "min": [levels[np.flatnonzero(row)[0]] for row in counts],
-        "max": [levels[np.flatnonzero(row)[-1]] for row in counts],
-        "mean": mean.tolist(),
-        "std": np.sqrt(np.maximum(variance, 0)).tolist(),
+    total = counts.sum(axis=2)
+    mean = np.stack([each @ levels for each in counts]) / total
+    variance = np.stack([each @ levels**2 for each in counts]) / total - mean**2
+    there = counts > 0
+    result: dict[str, NDArray[Any]] = {
+        "min": levels[there.argmax(axis=2)],
+        "max": levels[255 - there[:, :, ::-1].argmax(axis=2)],
+        "mean": mean,
+        "std": np.sqrt(np.maximum(variance, 0)),
+        "count": np.asarray(frames, np.int64)[:, None],
     }
-    cumulative = counts.cumsum(axis=1)
-    position = np.array(list(QUANTILES.values()))[:, None] * (total - 1)  # [quantiles, 3]
-    low, high = np.floor(position).astype(int), np.ceil(position).astype(int)
-    below, above = (
-        np.stack([levels[np.searchsorted(cumulative[c], rank[:, c], "right")] for c in range(3)], axis=1)
-        for rank in (low, high)
-    )
-    result |= zip(QUANTILES, (below + (position - low) * (above - below)).tolist(), strict=True)
-    shaped: dict[str, Any] = {name: [[[float(v)]] for v in values] for name, values in result.items()}
-    order = ("min", "max", "mean", "std", "count", *QUANTILES)
-    shaped["count"] = [frames]
-    return {name: shaped[name] for name in order}
+    cumulative = counts.cumsum(axis=2)
+    for name, q in QUANTILES.items():
+        position = q * (
+            total - 1
+        )  # among the ordered values; how many levels end at or before it is its level
+        low = np.floor(position)
+        below = levels[(cumulative <= low[..., None]).sum(axis=2)]
+        above = levels[(cumulative <= np.ceil(position)[..., None]).sum(axis=2)]
+        result[name] = below + (position - low) * (above - below)
+    return result
 
 
 def sampled_frames(frames: int) -> NDArray[np.int64]:
@@ -154,7 +158,9 @@ def dataset_statistics(chunks: Blocks) -> dict[str, list[float] | list[int]]:
     return result | {name: found[name].tolist() for name in QUANTILES}
 
 
-def _interpolate(ordered: NDArray[np.float64], q: float) -> NDArray[np.float64]:
+def _interpolate(ordered: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Quantiles [Q, D] of sorted columns [T, D]."""
     position = q * (len(ordered) - 1)
-    below, above = ordered[int(np.floor(position))], ordered[int(np.ceil(position))]
-    return below + (position - np.floor(position)) * (above - below)
+    low = np.floor(position)
+    below, above = ordered[low.astype(int)], ordered[np.ceil(position).astype(int)]
+    return below + (position - low)[:, None] * (above - below)
