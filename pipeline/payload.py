@@ -182,10 +182,11 @@ def _encode_cameras(
         )
         if job.shards is not None:
             jpegs[key] = _Jpegs(key, sizes[key], job.shards)
-    counted = set(sampled_frames(episode.frames).tolist())
+    counted = sampled_frames(episode.frames)
     if sources:
         for start, stop in _blocks(*sources.values()):
-            wanted = [t - start for t in range(start, stop) if t in counted]
+            first, last = np.searchsorted(counted, (start, stop))
+            wanted = counted[first:last] - start
             for key, source in sources.items():
                 block = np.ascontiguousarray(source.read(start, stop))
                 if len(block) != stop - start:
@@ -242,6 +243,8 @@ def _take_clip(
         receipt |= {"path": str(clip.path.resolve()), "offset": clip.offset, "size": clip.size}
         receipt |= {"first_frame": clip.first_frame, "frames": clip.frames}
         receipt |= {"pix_fmt": pixel_format(clip.path, clip.offset, clip.size)}
+        if clip.held is not None:  # its file goes with the episode
+            blobs[key] = clip.held
         return receipt, hasher.hexdigest()
     blobs[key] = _blob()
     encoder = Encoder(PRESETS[job.video.codec], size.height, size.width, job.embodiment.fps, blobs[key])
@@ -351,7 +354,7 @@ def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> 
     """One camera's packets of a part in one file; a copied clip that does not fit its neighbours is transcoded."""
     from ..video.mp4 import Run, copy_run, read_table, write_mp4
 
-    cameras = [spool.receipt["cameras"][key] for spool in spools]
+    cameras = [_in_spool(spool, key) for spool in spools]
     settings = {(camera["sample_entry"], camera["height"], camera["width"]) for camera in cameras}
     mixed = len(settings) > 1
     if mixed and job.video.video != "auto":
@@ -384,6 +387,14 @@ def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> 
     return {
         name: first[name] for name in ("kind", "codec", "height", "width", "sample_entry") if name in first
     } | {"pix_fmt": first.get("pix_fmt", "yuv420p")}
+
+
+def _in_spool(spool: Spool, key: str) -> Mapping[str, Any]:
+    """A camera's receipt; its clip, where the spool file itself holds it, as a stretch of that."""
+    camera, section = spool.receipt["cameras"][key], spool.sections.get(key)
+    if camera["kind"] != "copied" or section is None:
+        return camera
+    return {**camera, "path": str(spool.path), "offset": section.offset, "size": section.size}
 
 
 def _transcode_to(

@@ -75,8 +75,9 @@ def write_spool(
     """Write one episode: named arrays, and blobs copied from open temporary files (left open, read from 0)."""
     import xxhash
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
+    if not temporary.parent.is_dir():  # asked first: to be refused a folder costs an exception
+        path.parent.mkdir(parents=True, exist_ok=True)
     sections: dict[str, dict[str, Any]] = {}
     hasher = xxhash.xxh3_64()
     with open(temporary, "wb") as file:
