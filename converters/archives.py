@@ -9,15 +9,17 @@ Source  PKWARE APPNOTE 6.3.10 (zip, zip64); POSIX.1-2017 pax (tar, through `tarf
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from ..schemas.errors import DataError
 
@@ -25,6 +27,7 @@ ReadAt = Callable[[int, int], bytes]  # (offset, number of bytes) -> those bytes
 
 STORED, DEFLATED = 0, 8
 DIRECTORY_BLOCK = 4 << 20
+INFLATED_BLOCK = 1 << 20
 MOST_INFLATION = 1100  # deflate reaches about 1:1030
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -220,6 +223,52 @@ def unpack(member: ZipMember, packed: bytes) -> bytes:
 def read_member(read_at: ReadAt, member: ZipMember) -> bytes:
     """A zip member's bytes, inflated and checked."""
     return unpack(member, read_packed(read_at, member))
+
+
+def inflate(path: Path, member: ZipMember) -> BinaryIO:
+    """A deflated member as an open file without a name, checked; it is gone when closed, or with its process."""
+    if member.method != DEFLATED or member.size > MOST_INFLATION * member.packed + 64:
+        raise DataError(
+            f"'{member.name}' declares {member.size:,} bytes from {member.packed:,}, packed by method "
+            f"{member.method}; refused"
+        )
+    with ExitStack() as until_whole:
+        file = cast("BinaryIO", until_whole.enter_context(tempfile.TemporaryFile()))
+        try:
+            with open_read_at(path) as (read_at, _):
+                _inflate(read_at, member, file)
+            file.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"no room in {tempfile.gettempdir()} for '{member.name}', {member.size:,} bytes when inflated\n"
+                "  next: free some, set TMPDIR, or unpack the zip"
+            ) from error
+        until_whole.pop_all()
+    return file
+
+
+def _inflate(read_at: ReadAt, member: ZipMember, file: BinaryIO) -> None:
+    """Block by block; never more bytes than the directory declares."""
+    at, left, size, crc = data_offset(read_at, member), member.packed, 0, 0
+    unpacker = zlib.decompressobj(-15)
+    while not unpacker.eof and size <= member.size:
+        packed = unpacker.unconsumed_tail or read_at(at, min(left, INFLATED_BLOCK))
+        if not unpacker.unconsumed_tail:
+            at, left = at + len(packed), left - len(packed)
+        try:
+            block = unpacker.decompress(packed, INFLATED_BLOCK)
+        except zlib.error as error:
+            raise DataError(f"'{member.name}' cannot be inflated: {error}") from error
+        if not packed and not block:
+            break
+        size, crc = size + len(block), zlib.crc32(block, crc)
+        file.write(block)
+    if size != member.size or crc != member.crc:
+        raise DataError(
+            f"'{member.name}' inflates to other bytes than its directory declares; the file is damaged"
+        )
 
 
 def index_tar(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> TarIndex:

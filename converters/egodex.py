@@ -13,13 +13,14 @@ Licence      CC BY-NC-ND: non-commercial, no derivatives to be given away
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,16 @@ from ..schemas.features import CameraFeature, Feature
 from ..schemas.rotations import invert_pose, matrix_to_rot6d
 from ..schemas.unified import hand_to_dial, points_to_dial
 from . import Converter
-from .archives import STORED, ZipMember, data_offset, open_read_at, read_member, safe_name, zip_members
+from .archives import (
+    STORED,
+    ZipMember,
+    data_offset,
+    inflate,
+    open_read_at,
+    read_member,
+    safe_name,
+    zip_members,
+)
 from .hdf5 import find_group, open_hdf5, read_dataset
 from .words import text_of
 
@@ -237,11 +247,15 @@ def scan(recording: Recording, options: Options) -> Sequence[EpisodeRef | Droppe
     frames = raw.frames - (1 if options.last == "drop" else 0)
     camera = CameraFeature(CAMERA, 0, 0)
     try:
-        camera, facts = _look_at_video(video, raw.frames)
+        with ExitStack() as held:
+            if "deflated" in locator:
+                file = held.enter_context(inflate(recording.files[0], ZipMember(*locator["deflated"])))
+                video = _whole(file)
+            camera, facts = _look_at_video(video, raw.frames)
         locator |= {"height": camera.height, "width": camera.width}
         notes += facts
     except (DataError, OSError) as error:
-        problems.append(str(error))
+        problems.append(str(error).replace(f"{video[0]}:", f"{recording.name}.mp4:"))
     if frames < 1:
         problems.append(f"{raw.frames} frames leave none with a next state")
     if problems:
@@ -281,7 +295,11 @@ def scan(recording: Recording, options: Options) -> Sequence[EpisodeRef | Droppe
 
 
 def _locate(recording: Recording) -> tuple[dict[str, Any], tuple[Path, int, int]]:
-    """What `read` needs beyond the files, and where the video's bytes are: (path, offset, size)."""
+    """What `read` needs beyond the files, and where the video's bytes are: (path, offset, size).
+
+    A published zip stores its videos as they are; where one was packed anew and deflates them, they are inflated
+    for each reading, and the place is the zip's.
+    """
     first = recording.files[0]
     if first.suffix != ".zip":
         by_kind = {path.suffix: path for path in recording.files}
@@ -298,11 +316,17 @@ def _locate(recording: Recording) -> tuple[dict[str, Any], tuple[Path, int, int]
             raise DataError(f"{recording.name}{kind} is missing in {first.name}")
     video = members[f"{recording.name}.mp4"]
     if video.method != STORED:
-        raise DataError(f"{video.name} is compressed inside {first.name}: unpack the zip to read it")
+        locator = {"hdf5": list(members[f"{recording.name}.hdf5"]), "deflated": list(video)}
+        return locator, (first, 0, first.stat().st_size)
     with open_read_at(first) as (read_at, _):
         start = data_offset(read_at, video)
     locator = {"hdf5": list(members[f"{recording.name}.hdf5"]), "video": [start, video.size]}
     return locator, (first, start, video.size)
+
+
+def _whole(file: BinaryIO) -> tuple[Path, int, int]:
+    """(path, offset, size) of an open file, for those who open it themselves."""
+    return Path(f"/dev/fd/{file.fileno()}"), 0, os.fstat(file.fileno()).st_size
 
 
 @contextmanager
@@ -484,8 +508,12 @@ def read(ref: EpisodeRef, options: Options) -> Episode:
     for name in ("observation.state", "action", CAMERA_POSE.name):
         columns[name] = columns[name].astype(np.float32)
     video = next((path for path in ref.files if path.suffix in (".mp4", ".zip")), ref.files[0])
-    offset, size = ref.locator.get("video") or (0, video.stat().st_size)
-    clip = VideoClip(video, offset, size, 0, ref.frames, ref.locator["height"], ref.locator["width"])
+    held = inflate(video, ZipMember(*ref.locator["deflated"])) if "deflated" in ref.locator else None
+    video, offset, size = (
+        _whole(held) if held else (video, *ref.locator.get("video", (0, video.stat().st_size)))
+    )
+    height, width = ref.locator["height"], ref.locator["width"]
+    clip = VideoClip(video, offset, size, 0, ref.frames, height, width, held=held)
     return Episode(ref, columns, {CAMERA: clip})
 
 

@@ -11,7 +11,7 @@ Shapes: T frames of the episode, H x W pixels, D dimensions.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,8 @@ class VideoClip:
     """A camera already recorded as one MP4 file, or as one member of an uncompressed tar or zip.
 
     `offset` and `size` locate the MP4 inside `path` (0 and the file's size for a plain file). `frames` is the
-    number of frames the episode uses: `first_frame` and every `stride`-th after it.
+    number of frames the episode uses: `first_frame` and every `stride`-th after it. `held` is the open file that
+    `path` leads to where it has no name of its own: a member inflated for this reading, gone with the clip.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class VideoClip:
     height: int
     width: int
     stride: int = 1
+    held: BinaryIO | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __len__(self) -> int:
         return self.frames

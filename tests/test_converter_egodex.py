@@ -1,6 +1,7 @@
 """EgoDex: every quirk of the format has a test that fails if it is got wrong."""
 
 import shutil
+import tempfile
 import zipfile
 from fractions import Fraction
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from dpipe.converters import egodex, load_converter
 from dpipe.converters.egodex import JOINTS, Options
+from dpipe.pipeline.payload import VideoOptions
 from dpipe.schemas.episode import Dropped, Episode, EpisodeRef, VideoClip
 from dpipe.schemas.errors import DataError, UsageError
 from dpipe.schemas.features import check_columns
 from raw_egodex import attributes, joint_names, poses, write_episode, write_video, zip_part
+from trees import run_convert, tree_digest
 
 
 def scan_all(raw: Path, **options) -> list[EpisodeRef | Dropped]:
@@ -356,13 +359,14 @@ def test_two_frames_are_enough_and_one_is_not_when_the_last_is_dropped(tmp_path:
     assert "leave none with a next state" in only_drop(tmp_path, last="drop").reason
 
 
-def test_a_published_zip_is_read_in_place_and_gives_what_its_folder_gives(raw: Path, tmp_path: Path):
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_gives_what_its_folder_gives(raw: Path, tmp_path: Path, method: int):
     write_episode(raw / "part2" / "basic_pick_place" / "10")
     write_episode(raw / "part2" / "basic_pick_place" / "2")
     folder = [egodex.read(ref, Options()) for ref in scan_all(raw) if isinstance(ref, EpisodeRef)]
     zipped = tmp_path / "zipped"
     zipped.mkdir()
-    zip_part(raw / "part2").rename(zipped / "part2.zip")
+    zip_part(raw / "part2", method).rename(zipped / "part2.zip")
     refs = scan_all(zipped)
     assert [ref.source_id for ref in refs] == [f"part2/basic_pick_place/{i}" for i in (0, 2, 10)]
     for ref, expected in zip(refs, folder, strict=True):
@@ -376,10 +380,42 @@ def test_a_published_zip_is_read_in_place_and_gives_what_its_folder_gives(raw: P
         assert data == original.path.read_bytes()
 
 
-def test_a_zip_that_compresses_its_videos_says_to_unpack_it(raw: Path):
-    zip_part(raw / "part2", zipfile.ZIP_DEFLATED)
+@pytest.mark.parametrize("video", ["copy", "transcode"])
+def test_a_zip_that_deflates_its_videos_converts_to_the_same_bytes(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, video: str
+):
+    write_episode(raw / "part2" / "basic_pick_place" / "2")
+    roots, spare = [], tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        zipped = tmp_path / f"raw{method}"
+        zipped.mkdir()
+        zip_part(raw / "part2", method).rename(zipped / "part2.zip")
+        options = VideoOptions(video=video)
+        roots.append(
+            run_convert(zipped, tmp_path / f"out{method}", "egodex", name="same", video=options).root
+        )
+        assert not list(spare.iterdir())
+    stored, deflated = (tree_digest(root, without=("dpipe/journal", "dpipe/manifest")) for root in roots)
+    assert stored == deflated and any(name.endswith(".mp4") for name in stored)
+
+
+def test_a_deflated_video_that_is_damaged_or_lies_about_its_size_is_left_out_by_name(raw: Path):
+    path = zip_part(raw / "part2", zipfile.ZIP_DEFLATED)
     shutil.rmtree(raw / "part2")
-    assert "unpack the zip" in only_drop(raw).reason
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        member = next(info for info in archive.infolist() if info.filename.endswith(".mp4"))
+    damaged = bytearray(whole)
+    damaged[member.header_offset + 200] ^= 0xFF
+    path.write_bytes(damaged)
+    assert "0.mp4" in only_drop(raw).reason
+    entry = whole.rindex(member.filename.encode()) - 46  # where the directory speaks of it
+    lying = bytearray(whole)
+    lying[entry + 24 : entry + 28] = (member.file_size - 1).to_bytes(4, "little")
+    path.write_bytes(lying)
+    assert "inflates to other bytes" in only_drop(raw).reason
 
 
 @pytest.mark.parametrize("place", ["", "part2", "part2/basic_pick_place"])
