@@ -298,6 +298,11 @@ def main() -> int:
             1,
         ),
         Goal(f"peak memory {peak:.0f} MB; 2,000 over that", 2000 / peak, 1),
+        Goal(
+            f"lerobot holds meta/ in {told['lerobot']['peak MB']:.0f} MB; 2,000 over that",
+            2000 / told["lerobot"]["peak MB"],
+            1,
+        ),
     ]
     facts = {"episodes": arguments.episodes, "steps": told, "files after": after, "meta MB": meta / 1e6}
     return report("scale", goals, values, "s", facts)
