@@ -243,7 +243,9 @@ def convert(
         if order_files(journal) != order.files:  # another run got in between
             order = load_order(journal)
             refs = _chosen(catalog, order, request)
-        work = _plan(request, converter, journal, order, refs, load_receipts(request.out, COMPARED))
+        receipts = load_receipts(request.out, COMPARED, stop)
+        work = _plan(request, converter, journal, order, refs, receipts)
+        del receipts
         if request.finish_only and work.parts:
             raise _unfinished_parts(request, work)
         if request.share:

@@ -117,7 +117,7 @@ def finish(
     """
     stop.check()
     manifest_path = root / "dpipe" / "manifest.json"
-    known = load_receipts(root, COMPARED if manifest_path.is_file() else None)
+    known = load_receipts(root, COMPARED if manifest_path.is_file() else None, stop)
     state, alive, listed, dropped = _state(
         known, order, scan_dropped, name, source, converter_version, options, video
     )
@@ -133,7 +133,7 @@ def finish(
         )
 
     if manifest_path.is_file():
-        known = load_receipts(root)
+        known = load_receipts(root, stop=stop)
     episodes = _Episodes(known, alive, homes[listed])
     staging = root / "dpipe" / "staging"
     for leftover in ("meta", "dpipe/journal", NUMBERED):

@@ -205,7 +205,9 @@ class Receipts:
         return joined if (np.diff(order) == 1).all() else joined.take(pa.array(order))
 
 
-def load_receipts(root: Path, columns: Sequence[str] | None = None) -> Receipts:
+def load_receipts(
+    root: Path, columns: Sequence[str] | None = None, stop: StopRequest | None = None
+) -> Receipts:
     """What earlier runs have made; `columns` where not all facts are needed.
 
     A finished dataset's are read without conversions from Python, which import pandas.
@@ -220,6 +222,8 @@ def load_receipts(root: Path, columns: Sequence[str] | None = None) -> Receipts:
         batches += table.replace_schema_metadata(None).to_batches()
     loose = _loose_files(journal, ".json")
     for start in range(0, len(loose), 1024):
+        if stop is not None:
+            stop.check()
         batch, found = _loose(loose[start : start + 1024], columns)
         batches.append(batch)
         streams = found | streams
