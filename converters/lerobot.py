@@ -36,7 +36,7 @@ from ..schemas.episode import (
     VideoClip,
 )
 from ..schemas.errors import DataError, unknown_name
-from ..schemas.features import CameraFeature, Feature
+from ..schemas.features import POLICY_NAMES, CameraFeature, Feature
 from ..video.mp4 import SampleTable, read_table
 from . import Converter
 from .lerobot_files import (
@@ -51,7 +51,6 @@ from .lerobot_files import (
 )
 from .words import text_of
 
-POLICY_NAMES = {"actions": "action", "state": "observation.state"}
 LATE_S = 1e-3  # time stamps further than this from frame / fps are worth a word
 PICTURES = ("PNG", "JPEG", "TIFF", "WEBP")
 

@@ -112,6 +112,8 @@ def precompute(
     if not len(dataset):
         raise DataError(f"{dataset_root} has no episodes\n  There is nothing to precompute from.")
     base = out or own_targets(dataset)
+    if dataset.renaming:
+        events.say(f"{dataset.name}: {dataset.renaming}")
     made = []
     for stage_name in stages:
         if stage_name == "shards":
@@ -372,6 +374,7 @@ class _TargetRun:
             "arrays": [spec.to_json() for spec in specs],
             "prepared": prepared_digest(prepared),
             "dataset": self.dataset.name,
+            **({"renamed": self.dataset.stored} if self.dataset.stored else {}),
             "episodes": len(self.dataset),
             "frames": self.dataset.total_frames,
             "bytes": sum(receipt["bytes"] for receipt in receipts),

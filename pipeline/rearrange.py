@@ -80,7 +80,7 @@ def merge(roots: Sequence[Path], out: Path, name: str = "", progress: Progress |
     """One dataset of all episodes of several that agree in everything a number's meaning depends on."""
     if len(roots) < 2:
         raise UsageError("merge takes two datasets or more:  dpipe merge A B --out C")
-    datasets = [open_dataset(root) for root in roots]
+    datasets = [open_dataset(root, as_stored=True) for root in roots]
     refuse_differences(datasets)
     pieces = [(d, e) for d, dataset in enumerate(datasets) for e in range(len(dataset))]
     recipe = {"command": "merge", "datasets": [d.name for d in datasets]}
@@ -97,7 +97,7 @@ def select(
     split: str = "",
 ) -> Made:
     """The episodes given, in their order; all of `split` where one is named, else of their own."""
-    dataset = open_dataset(root)
+    dataset = open_dataset(root, as_stored=True)
     pieces = [(0, int(e)) for e in episodes]
     told = {"command": "select", "datasets": [dataset.name], **(recipe or {})}
     return _write([dataset], pieces, out, name or out.name, told, progress, split)

@@ -82,10 +82,14 @@ def export(root: Path, trainer: str, out: Path) -> Export:
     """How to train `trainer` on the dataset; writes nothing. `out` is where its files will be."""
     if trainer not in TRAINERS:
         raise unknown_name("trainer", trainer, TRAINERS)
-    dataset = open_dataset(root)
+    dataset = open_dataset(root, as_stored=True)
     missing = [name for name in (STATE, ACTION) if name not in dataset.vectors]
     if missing:
-        raise UsageError(f"{dataset.root} has no {' and no '.join(missing)}: no trainer here learns without")
+        raise UsageError(
+            f"{dataset.root} has no {' and no '.join(missing)}: no trainer here learns without\n"
+            f"  found: {', '.join(dataset.vectors) or 'no vector'}\n"
+            f"  next: where they have openpi's names, rename them:  dpipe convert lerobot --raw {dataset.root}"
+        )
     return TRAINERS[trainer](dataset, trainer, out)
 
 

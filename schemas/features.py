@@ -13,6 +13,9 @@ import numpy as np
 
 CAMERA_PREFIX = "observation.images."
 
+# What openpi's converters call them, and the names by which policies look for them.
+POLICY_NAMES = {"actions": "action", "state": "observation.state"}
+
 # The columns LeRobot adds to every row: global order, never part of an episode's own content.
 DEFAULT_FEATURES: dict[str, dict[str, Any]] = {
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},

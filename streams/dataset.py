@@ -4,6 +4,8 @@ What differs between writers and is accepted here (see lerobot 0.6.1, `datasets/
     vectors     fixed_size_list (recorder), list (aggregate), extension arrays (2-D and more)
     cameras     `video` (mp4 files shared by many episodes) or `image` (bytes in the rows)
     metadata    stats.json may be missing; info.json may carry unknown keys; tasks may lack the pandas index
+    names       `actions` and `state` (openpi's converters) answer to `action` and `observation.state`, by which
+                policies look for them, where the dataset has nothing of that name: as a conversion renames them
 
 Nothing is written, and opening reads metadata alone: one column per field, no object per episode, so that a
 million episodes open within a second. Positions follow lerobot: row i of the concatenated data files has
@@ -26,7 +28,7 @@ import numpy as np
 
 from ..schemas.claims import refuse_claims
 from ..schemas.errors import DataError, UsageError, malformed_as, unknown_name
-from ..schemas.features import DEFAULT_FEATURES
+from ..schemas.features import DEFAULT_FEATURES, POLICY_NAMES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,6 +121,7 @@ class Dataset:
     manifest: dict[str, Any] | None
     episodes: Episodes
     splits: dict[str, tuple[int, int]]
+    stored: dict[str, str] = field(default_factory=dict)  # name here -> name in the files, where they differ
     _tables: OrderedDict[Path, pq.ParquetFile] = field(default_factory=OrderedDict, repr=False)
     _videos: OrderedDict[Any, Any] = field(default_factory=OrderedDict, repr=False)
     _contents: list[str] | None = field(default=None, repr=False)
@@ -129,6 +132,11 @@ class Dataset:
     def reopened(self) -> Dataset:
         """The same dataset with open files of its own, for another thread; metadata is shared."""
         return replace(self, _tables=OrderedDict(), _videos=OrderedDict())
+
+    @property
+    def renaming(self) -> str:
+        """What answers to other names here than in the files, in words; "" where nothing does."""
+        return ", ".join(f"'{old}' is read as '{new}'" for new, old in self.stored.items())
 
     # --- what there is ---------------------------------------------------------------------------------
 
@@ -273,6 +281,8 @@ class Dataset:
                 f"  expected: at least {rows.stop}, by the lengths in {self.root / 'meta/episodes'}\n"
                 f"  The file is cut short, or of another version of the dataset.  dpipe doctor {self.root}"
             )
+        given = {self.stored.get(name, name): name for name in names}
+        names = list(given)
         missing = [name for name in names if name not in table.schema_arrow.names]
         if missing:
             raise DataError(
@@ -294,6 +304,7 @@ class Dataset:
                 f"{path}: rows {rows.start} to {rows.stop} are damaged\n  found: {_one_line(error)}\n"
                 f"  Fetch the file again; see  dpipe doctor {self.root}"
             ) from error
+        block = block.rename_columns([given.get(name, name) for name in block.column_names])
         return block.slice(rows.start - before, len(rows))
 
     def _table(self, path: Path) -> pq.ParquetFile:
@@ -491,14 +502,17 @@ def _check_pixels(height: int, width: int, where: str) -> None:
 # --- opening ------------------------------------------------------------------------------------------------
 
 
-def open_dataset(root: Path) -> Dataset:
-    """Open the LeRobot v3.0 dataset in folder `root`; DataError says what is missing and what would help."""
+def open_dataset(root: Path, as_stored: bool = False) -> Dataset:
+    """Open the LeRobot v3.0 dataset in folder `root`; DataError says what is missing and what would help.
+
+    `as_stored`: every column by the name it has in the files, for those who work on the files themselves.
+    """
     root = Path(root)
     with malformed_as(f"metadata of {root}", f"See what is wrong:  dpipe doctor {root}"):
-        return _open_dataset(root)
+        return _open_dataset(root, as_stored)
 
 
-def _open_dataset(root: Path) -> Dataset:
+def _open_dataset(root: Path, as_stored: bool) -> Dataset:
     info = _read_info(root)
     manifest = _read_manifest(root)
     features = {str(name): dict(told) for name, told in info["features"].items()}
@@ -522,17 +536,21 @@ def _open_dataset(root: Path) -> Dataset:
             f"  expected: {declared}, by meta/info.json.  The recording was cut short or files are missing."
         )
     stats_path = root / "meta" / "stats.json"
+    stats = _read_json(stats_path) if stats_path.is_file() else {}
+    foreign = manifest is None and not as_stored
+    renamed = {a: b for a, b in POLICY_NAMES.items() if foreign and a in features and b not in features}
     return Dataset(
         root=root,
         name=(manifest or {}).get("name") or root.resolve().name,
         info=info,
         fps=int(fps),
-        features=features,
-        stats=_read_json(stats_path) if stats_path.is_file() else {},
+        features={renamed.get(name, name): told for name, told in features.items()},
+        stats={renamed.get(name, name): told for name, told in stats.items()},
         tasks=read_tasks(root),
         manifest=manifest,
         episodes=episodes,
         splits=_read_splits(root, info, len(episodes)),
+        stored={new: old for old, new in renamed.items()},
     )
 
 

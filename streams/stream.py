@@ -233,6 +233,8 @@ class Stream:
     def describe(self) -> str:
         """One line for a log: how many samples, where frames come from and why, how they are mixed."""
         words = [f"{self.samples} samples", self.source.origin()]
+        if isinstance(self.source, Source) and self.source.dataset.renaming:
+            words.append(self.source.dataset.renaming)
         if self.shuffle.kind == "block" and isinstance(self.source, Source):
             words.append(f"block shuffle that mixes {self.mixing():.2f} as well as a global one")
         elif self.shuffle.kind != "global":

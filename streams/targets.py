@@ -39,7 +39,7 @@ from ..schemas.bfloat16 import bfloat16_to_float32
 from ..schemas.claims import refuse_claims
 from ..schemas.contract import BFLOAT16, ArraySpec, Contract, digest_of
 from ..schemas.errors import DataError, UsageError, malformed_as, unknown_name
-from ..schemas.features import CAMERA_PREFIX
+from ..schemas.features import CAMERA_PREFIX, POLICY_NAMES
 from .arrays import CompressedRows, open_array
 
 if TYPE_CHECKING:
@@ -705,9 +705,11 @@ def _table_of_v21(root: Path) -> EpisodeTable:
     for e in range(int(info["total_episodes"])):
         chunk = e // int(info.get("chunks_size", 1000))
         file = pq.ParquetFile(root / template.format(episode_chunk=chunk, episode_index=e))
-        names = [name for name in CONTENT_COLUMNS if name in file.schema_arrow.names]
-        table = file.read(columns=names)
-        columns = {name: np.array(table.column(name).to_pylist(), dtype=np.float32) for name in names}
+        have = file.schema_arrow.names
+        stored = {new: old for old, new in POLICY_NAMES.items() if old in have} | {n: n for n in have}
+        names = {name: stored[name] for name in CONTENT_COLUMNS if name in stored}
+        table = file.read(columns=list(names.values()))
+        columns = {n: np.array(table.column(old).to_pylist(), dtype=np.float32) for n, old in names.items()}
         lengths.append(file.metadata.num_rows)
         contents.append(episode_content(columns, lengths[-1]))
     return EpisodeTable(tuple(contents), tuple(lengths), root.name)

@@ -10,8 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+from dpipe.pipeline.rearrange import select
 from dpipe.schemas.errors import DataError, DpipeError, UsageError
 from dpipe.streams.dataset import Dataset, contents_digest, episode_content, open_dataset
+from dpipe.streams.source import StreamSpec
+from dpipe.streams.stream import open_stream
 from small_datasets import columns_of, number_of, write_dataset
 
 LENGTHS = [5, 7, 3]
@@ -413,3 +416,52 @@ def test_columns_beside_the_data_are_read_like_the_others(tmp_path: Path):
     columns = dataset.all_columns(["joint_pos", "index"], [2, 1])
     assert columns["joint_pos"][[0, 3]].tolist() == [[100, 101], [10, 11]]
     assert columns["index"].tolist() == [12, 13, 14, 5, 6, 7, 8, 9, 10, 11]
+
+
+def as_openpi_names(root: Path) -> Path:
+    """The same dataset with `actions` and `state`, as openpi's converters write them."""
+    theirs = {"action": "actions", "observation.state": "state"}
+    for path in [*root.glob("data/*/*.parquet"), *root.glob("meta/episodes/*/*.parquet")]:
+        table = pq.read_table(path)
+        names = ["/".join(theirs.get(word, word) for word in name.split("/")) for name in table.column_names]
+        pq.write_table(table.rename_columns(names).replace_schema_metadata(None), path)
+    for name in ("info", "stats"):
+        path = root / f"meta/{name}.json"
+        told = json.loads(path.read_text())
+        inner = told["features"] if name == "info" else told
+        renamed = {theirs.get(key, key): value for key, value in inner.items()}
+        path.write_text(json.dumps({**told, "features": renamed} if name == "info" else renamed))
+    return root
+
+
+def test_openpi_names_are_read_by_the_names_policies_look_for(tmp_path: Path):
+    ours = open_dataset(write_dataset(tmp_path / "ours", [4, 5]))
+    root = as_openpi_names(write_dataset(tmp_path / "theirs", [4, 5]))
+    theirs = open_dataset(root)
+    assert set(theirs.features) == set(ours.features) and set(theirs.stats) == set(ours.stats)
+    assert theirs.contents() == ours.contents()  # so targets of the one fit the other
+    for name in ("action", "observation.state"):
+        assert np.array_equal(theirs.columns([name], 1)[name], ours.columns([name], 1)[name])
+        assert theirs.names(name) == ours.names(name)
+    assert theirs.stored == {"action": "actions", "observation.state": "state"}
+    assert "'actions' is read as 'action'" in theirs.renaming and not ours.renaming
+    assert set(open_dataset(root, as_stored=True).features) >= {"actions", "state"}
+    stream = open_stream(root, StreamSpec(chunks={"action": 2}), batch_size=4)
+    assert "'state' is read as 'observation.state'" in stream.describe()
+    batch = next(iter(stream))
+    assert batch["action"].shape == (4, 2, 3) and batch["observation.state"].shape == (4, 3)
+
+
+def test_a_name_that_is_taken_stays_with_its_column(tmp_path: Path):
+    root = as_openpi_names(write_dataset(tmp_path / "x", [4]))
+    for path in root.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("action", table.column("state")), path)
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["action"] = info["features"]["state"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    both = open_dataset(root)
+    assert both.stored == {"observation.state": "state"} and {"action", "actions"} <= set(both.features)
+    assert np.array_equal(*both.columns(["action", "observation.state"], 0).values())
+    made = open_dataset(select(root, [0], tmp_path / "selected").root)  # files keep their own names
+    assert made.stored == both.stored and made.contents() == both.contents()

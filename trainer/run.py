@@ -140,6 +140,7 @@ def train(
         },
         provenance={
             "dataset_root": str(dataset.root),
+            **({"renamed": dataset.stored} if dataset.stored else {}),
             "tasks": dataset.tasks[:TASKS_KEPT],  # for whoever must know what the policy was told
             "contracts": {name: contract.to_json() for name, contract in supervision.contracts.items()},
         },
