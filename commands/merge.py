@@ -26,7 +26,8 @@ def merge(
 ) -> None:
     """All episodes of several datasets that agree in conventions, features and fps; video is copied, not encoded.
 
-    Targets made before still fit: they are bound to what an episode contains.
+    Targets made before still fit: they are bound to what an episode contains. Video files that come along whole are
+    shared with their source by hard link, where the disk has such.
 
     \b
     dpipe merge libero libero-new --name libero-all
