@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..schemas.statistics import QUANTILES, Blocks, exact_statistics
 
 SAMPLED_SIDE = 32  # pictures are thinned to about this many pixels a side before they are counted
+COUNTED_AT_A_TIME = 4 << 20  # bytes of thinned pictures held
 
 
 def column_statistics(column: NDArray[Any]) -> dict[str, list[float] | list[int]]:
@@ -86,24 +87,44 @@ class FrameHistogram:
     """Counts of grey levels per colour over sampled frames of one camera; adds up over episodes."""
 
     def __init__(self) -> None:
-        self.counts = np.zeros((3, 256), np.int64)
         self.frames = 0
+        self._counts = np.zeros((3, 256), np.int64)
+        self._thin: list[NDArray[np.uint8]] = []  # [3, n] bytes, not counted yet
+        self._waiting = 0
 
     def add(self, frames: NDArray[np.uint8], wanted: NDArray[np.int64] | slice = slice(None)) -> None:
         """Those `wanted` of frames [n, H, W, 3]; thinned by striding, as LeRobot thins large pictures."""
-        from PIL import Image
-
         step = max(1, round(min(frames.shape[1], frames.shape[2]) / SAMPLED_SIDE))
         # Whole rows first: what is left of them then lies evenly, in one stride.
         rows = frames[:, ::step][wanted]
-        if not len(rows):
-            return
+        thin = rows[:, :, ::step]
+        planes = np.empty((3, *thin.shape[:3]), np.uint8)
         for colour in range(3):  # one at a time: numpy gathers pixels of three bytes twice as slowly
-            levels = np.ascontiguousarray(rows[:, :, ::step, colour])
-            # Pillow counts bytes as they are, in half the time of bincount, which makes each an int64 first.
-            size = (levels.shape[2], levels.size // levels.shape[2])
-            self.counts[colour] += Image.frombuffer("L", size, levels, "raw", "L", 0, 1).histogram()
+            planes[colour] = thin[..., colour]
         self.frames += len(rows)
+        self._thin.append(planes.reshape(3, -1))
+        self._waiting += planes.size
+        if self._waiting > COUNTED_AT_A_TIME:
+            self._count()
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """[3, 256] so far."""
+        self._count()
+        return self._counts
+
+    def _count(self) -> None:
+        """Pillow counts bytes as they are, in half the time of bincount, which makes each an int64 first.
+
+        An image costs as much to make as some ten thousand pixels to count: hence many frames as one.
+        """
+        from PIL import Image
+
+        if self._waiting:
+            for colour, levels in enumerate(np.concatenate(self._thin, axis=1)):
+                line = Image.frombuffer("L", (len(levels), 1), levels, "raw", "L", 0, 1)
+                self._counts[colour] += line.histogram()
+        self._thin, self._waiting = [], 0
 
     def statistics(self) -> dict[str, Any]:
         return histogram_statistics(self.counts, self.frames)
