@@ -190,6 +190,9 @@ def read_catalog(request: ConvertRequest, progress: Progress, executors: _Lazy |
     made = [request.out, *sorted(request.out.parent.glob(f"{request.out.name}-*"))]
     caches = [root / "dpipe" / "journal" / SCAN for root in made]
     cache = next((path for path in caches if path.is_file()), None)
+    journal = request.out / "dpipe" / "journal"
+    if executors is not None and converter.embodiment is not None and (journal / "settings.json").is_file():
+        _check_settings(request, converter, journal)  # before workers start: other options scan anew
     # A few are read here sooner than workers are asked; of more, all cores but one would wait.
     here = 2 * request.workers if executors is not None and request.workers else SCANNED_HERE
     with (
