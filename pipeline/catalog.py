@@ -28,6 +28,7 @@ from ..schemas.features import CameraFeature
 from .execute import Executor, Failure, Task, attempt
 from .payload import file_memo
 from .progress import Progress
+from .receipts import few_collections
 from .tables import numbers_of, read_columns, write_parquet
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ def _failed(recording: Recording, failure: Failure) -> Dropped:
     return Dropped(recording.name, files, failure.message, remedy, recording.split)
 
 
+@few_collections()
 def build_catalog(
     converter: Converter,
     raw: Path,

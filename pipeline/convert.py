@@ -45,7 +45,7 @@ from .payload import (
     mux_part,
 )
 from .progress import Progress
-from .receipts import COMPARED, Receipts, load_receipts
+from .receipts import COMPARED, Receipts, few_collections, load_receipts
 from .spool import read_spool, spool_name, write_spool
 from .tables import has_language
 
@@ -355,6 +355,7 @@ def embodiment_check(request: ConvertRequest) -> None:
         raise UsageError("--part-frames must be at least 1")
 
 
+@few_collections()
 def _compare(
     request: ConvertRequest, converter: Converter, order: Order, refs: Refs, receipts: Receipts
 ) -> tuple[list[int], list[int]]:
@@ -366,15 +367,16 @@ def _compare(
         return fresh, []
     changed = []
     rows_of, memos, latest = refs.row_of, list(refs.memos()), receipts.latest
-    names = ("source_id", "key", "memo", "raw_digest", "dropped")
-    for at, (source_id, was, memo, digest, dropped) in enumerate(receipts.rows(names)):
+    for at, (source_id, (was, memo)) in enumerate(
+        zip(receipts.source_ids, receipts.rows(["key", "memo"]), strict=True)
+    ):
         row = rows_of.get(source_id)
         if row is None or latest[source_id] != at:
             continue
         key = _key(base, source_id)
         if was == key and memo == memos[row] and not request.verify:
             continue  # as `_valid` says, of a million without asking it
-        receipt = {"key": was, "memo": memo, "raw_digest": digest, "dropped": dropped}
+        receipt = receipts.one(at, ("key", "memo", "raw_digest", "dropped"))
         if not _valid(request, receipt, key, memos[row], lambda row=row: refs[row]):
             changed.append(row)
     return fresh, sorted(changed)

@@ -29,7 +29,7 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 STATISTICS = ("min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99")
 EPISODES_PER_FILE = 50_000
-READERS, FILES_A_TASK = 4, 16  # threads that read small files, and how many files each takes at a time
+READERS, FILES_A_TASK = 4, 4  # threads that read small files, and how many each takes at a time: all are held
 LANGUAGE = "language_persistent"
 _LANGUAGE_ROW = {
     **{name: {"dtype": "string", "_type": "Value"} for name in ("role", "content", "style")},
