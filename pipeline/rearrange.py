@@ -59,7 +59,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-FILES_AT_A_TIME = 2  # while one waits for the disk or the kernel, the other's rows are written
+FILES_AT_A_TIME = (
+    4  # more than they need of the processor: they wait for the disk and for the kernel's copies
+)
 
 Pictures = dict[str, tuple["NDArray[np.int64]", "NDArray[np.int64]"]]
 """By camera: grey levels [n, 768] and counted frames [n] of every episode."""
@@ -240,13 +242,15 @@ def _write(
 def _begin_files(
     pool: ThreadPoolExecutor, tree: Path, plan: Plan
 ) -> tuple[list[Future[Written]], list[Future[None]]]:
-    """Every file of every part, which know nothing of one another: those of rows, and the others."""
-    rows, others = [], []
-    for part, members in plan.parts():
-        rows.append(pool.submit(write_rows, tree, plan, part, members))
-        others += [pool.submit(write_video, tree, plan, part, members, camera) for camera in plan.videos]
-        if plan.ours and plan.first.sidecar:
-            others.append(pool.submit(write_sidecar, tree, plan, part, members))
+    """Every file of every part, which know nothing of one another: those of rows, and the others.
+
+    Rows first: statistics and tables, which wait for all of them, are then made while the disk takes the video.
+    """
+    parts = plan.parts()
+    rows = [pool.submit(write_rows, tree, plan, *part) for part in parts]
+    others = [pool.submit(write_video, tree, plan, *part, camera) for part in parts for camera in plan.videos]
+    if plan.ours and plan.first.sidecar:
+        others += [pool.submit(write_sidecar, tree, plan, *part) for part in parts]
     return rows, others
 
 
