@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TABLE = OUT / "table"
 JUDGED, JUDGED_SECONDARY = 200, 60  # episodes a run
+JUDGED_TEACHER = 4  # of the teacher only the error of its actions is asked, which has episodes of its own
 CPU_LIMIT_MIN = 5.0
 NEAR_ZERO = 0.05  # success below which a comparison falls back to the error of single actions
 # As many as leave each run below its five minutes, and the table below ninety.
@@ -177,6 +178,7 @@ def anchorrefine(bench: Bench, seed: int) -> None:
 def vita(bench: Bench, seed: int) -> None:
     name = f"s{seed}"
     fit(bench, "teacher", name, seed, window=2)
+    judge(bench, "teacher", name, episodes=JUDGED_TEACHER)
     policy = f"embedded:{bench.run('teacher', name) / 'policy'}"
     folder = targets_of(bench, "teacher", f"teacher-{name}", teacher=policy)
     fit(bench, "vita", f"two-stage-{name}", seed, folder, mode="two-stage")
@@ -203,6 +205,7 @@ ROWS = {
     "anchor alone": ("anchorrefine", "refine-", "anchor-alone"),
     "anchor refined": ("anchorrefine", "refine-", "full"),
     "anchor continued": ("anchorrefine", "continue-", "full"),
+    "vita's teacher": ("teacher", "", "full"),
     "vita, two stages": ("vita", "two-stage-", "full"),
     "vita, from scratch": ("vita", "scratch-", "full"),
     "dial, both stages": ("dial", "both-", "full"),
@@ -286,6 +289,9 @@ def _duel(ours: str, theirs: str, found: dict[str, list[Job]]) -> dict[str, str]
         )
         better, apart = statistics.mean(a) - statistics.mean(b), min(a) > max(b) or min(b) > max(a)
     outcome = "open" if not apart or len(seeds) < 2 else "won" if better > 0 else "lost"
+    if ours == "vita, two stages" and (teacher := found.get("vita's teacher")):
+        off = statistics.mean(job["arm_error"] for job in teacher)
+        measured += f"; the teacher whose states it was aligned to is itself off by {off:.3f}"
     if outcome == "open":
         measured += "; the ranges over seeds overlap" if len(seeds) > 1 else "; one seed says nothing"
     return {"claim": f"{ours} against {theirs}", "outcome": outcome, "reason": measured}
