@@ -64,7 +64,7 @@ class StopRequest:
             raise Interrupted(f"stopped by {self.reason}; run the same command again to go on")
 
 
-_unanswered: list[str] = []  # requests that came when nothing was left to stop: what follows hears them
+_unanswered: list[str] = []  # signals that came when nothing was left to stop: what follows hears them
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def stop_requests(max_time_s: float | None) -> Iterator[StopRequest]:
         timer.start()
     try:
         yield request
-        if request.event.is_set() and not request.answered:
+        if request.reason in {name.name for name in names} and not request.answered:
             _unanswered.append(request.reason)
     finally:
         if timer:
