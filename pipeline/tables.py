@@ -182,7 +182,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, syn
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path) if sync else path
-    coded = [leaf for field in schema for leaf in _repeating(field)]
+    coded: Any = [leaf for field in schema for leaf in _repeating(field)]  # the stubs know bool alone
     with pq.ParquetWriter(temporary, schema, compression="snappy", use_dictionary=coded or False) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
