@@ -186,9 +186,13 @@ def so101_in_degrees(root: Path) -> Path:
     return record(root, arm_takes(1, unit=90.0), fps=30, names=BOTH, robot_type="so101_follower")
 
 
+# Its queue drops frames that come faster than they are encoded: on a busy machine, any of the default's 30.
+STREAMED: dict[str, Any] = {"streaming_encoding": True, "encoder_queue_maxsize": 1000}
+
+
 @variant
 def so101_streamed(root: Path) -> Path:
-    return record(root, arm_takes(2, unit=90.0), fps=30, names=BOTH, streaming_encoding=True)
+    return record(root, arm_takes(2, unit=90.0), fps=30, names=BOTH, **STREAMED)
 
 
 @variant
