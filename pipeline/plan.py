@@ -127,12 +127,12 @@ def _pilot(request: ConvertRequest, todo: Refs) -> tuple[float, int | None, str]
         for number, row in enumerate(rows):
             ref = todo[int(row)]
             job = episode_job(request, ref, "", Path(folder) / f"{number}.episode", embodiment)
-            if not started:
-                started = time.perf_counter()
-                encode_episode(job)  # warm: imports and the page cache are not the work's
-                if time.perf_counter() - started < PILOT_S:
-                    started = time.perf_counter()
+            first, started = not started, started or time.perf_counter()
             told = encode_episode(job)
+            if first and time.perf_counter() - started < PILOT_S:
+                # That was to get warm: of a short episode, imports and the page cache are the larger part.
+                started = time.perf_counter()
+                told = encode_episode(job)
             tried += 1
             frames += told["frames"]
             spool = read_spool(job.spool)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from dpipe.converters.libero import Options
+from dpipe.pipeline import payload, plan
 from dpipe.pipeline.convert import ConvertRequest, read_catalog
 from dpipe.pipeline.plan import (
     FOOTER_BYTES,
@@ -70,6 +71,17 @@ def test_a_pilot_tells_time_and_leaves_nothing(tmp_path: Path):
     found = planned(tmp_path, pilot=True)
     assert found.seconds is not None and 0 < found.seconds < 60 and "by 1 episodes, 19 frames" in found.pilot
     assert tree_digest(tmp_path) == before
+
+
+@pytest.mark.parametrize(("long_s", "times"), [(0.0, 1), (1e9, 2)])
+def test_a_long_episode_is_tried_once_a_short_one_to_get_warm_too(tmp_path, monkeypatch, long_s, times):
+    write_suite(tmp_path / "raw", demos=1, steps=20)
+    tried = []
+    encode = payload.encode_episode
+    monkeypatch.setattr(payload, "encode_episode", lambda job: tried.append(job) or encode(job))
+    monkeypatch.setattr(plan, "PILOT_S", long_s)
+    assert "by 1 episodes, 19 frames" in planned(tmp_path, pilot=True).pilot
+    assert len(tried) == times
 
 
 def test_targets_are_planned_part_by_part(tmp_path: Path):
