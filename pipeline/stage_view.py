@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,6 @@ class DiskDataset:
     info: DatasetInfo = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ahead: dict[str, DecodedAhead] = field(default_factory=dict)
-    _parts: list[range] = field(default_factory=list)
     _held: int = -1
     _columns: dict[str, NDArray[Any]] = field(default_factory=dict)
     _ends: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -40,18 +40,24 @@ class DiskDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def parts(self) -> list[range]:
+        return self.dataset.parts()
+
+    def part_at(self, position: int) -> int:
+        """Number of the part that an episode lies in."""
+        return bisect_right(self.parts, position, key=lambda part: part.start) - 1
+
     def episode(self, position: int) -> DiskEpisode:
         return DiskEpisode(self, range(position, position + 1))
 
     def stretches(self) -> Iterator[DiskEpisode]:
-        return (DiskEpisode(self, part) for part in self.dataset.parts())
+        return (DiskEpisode(self, part) for part in self.parts)
 
     def columns(self, names: Sequence[str], episodes: range) -> dict[str, NDArray[Any]]:
         """Columns of consecutive episodes, out of the part that was read last: parts are read whole."""
-        if not self._parts:
-            self._parts = self.dataset.parts()
-        at = bisect_right(self._parts, episodes.start, key=lambda part: part.start) - 1
-        part = self._parts[at]
+        at = self.part_at(episodes.start)
+        part = self.parts[at]
         if episodes.stop > part.stop:
             return self.dataset.all_columns(names, episodes)
         if self._held != at:

@@ -77,7 +77,7 @@ def make_part(job: PartJob) -> dict[str, Any]:
     mine = [e for e, content in zip(job.episodes, job.contents, strict=True) if content not in job.copies]
     try:
         view.ahead = decode_ahead(view, wishes, mine)
-        for span in _spans(job, view.dataset.parts() if stage.pointwise(job.params) else []):
+        for span in _spans(job, view if stage.pointwise(job.params) else None):
             stretch = DiskEpisode(view, span)
             contents = job.contents[span.start - job.episodes[0] : span.stop - job.episodes[0]]
             rows = {spec.name: 0 for spec in specs}
@@ -127,14 +127,13 @@ def make_part(job: PartJob) -> dict[str, Any]:
     return {"receipt": receipt, "computed": len(mine), "copied": len(episodes) - len(mine), "bytes": size}
 
 
-def _spans(job: PartJob, together: Sequence[range]) -> Iterator[range]:
-    """Episodes to work on one by one; runs of new ones within each of `together` at once."""
-    held = {episode: part.stop for part in together for episode in part}
+def _spans(job: PartJob, view: DiskDataset | None) -> Iterator[range]:
+    """Episodes to work on one by one; with a `view`, runs of new ones within one of its parts at once."""
     start, end = job.episodes[0], job.episodes[0] + len(job.episodes)
     while start < end:
         stop = start + 1
-        if job.contents[start - job.episodes[0]] not in job.copies:
-            last = min(held.get(start, stop), end)
+        if view is not None and job.contents[start - job.episodes[0]] not in job.copies:
+            last = min(view.parts[view.part_at(start)].stop, end)
             while stop < last and job.contents[stop - job.episodes[0]] not in job.copies:
                 stop += 1
         yield range(start, stop)

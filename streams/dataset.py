@@ -197,8 +197,8 @@ class Dataset:
     def parts(self) -> list[range]:
         """Runs of consecutive episodes that are worked on, filed and cached together.
 
-        In datasets of ours a part is a data file, and video and target files hold the same episodes; in
-        others whole episodes are grouped up to 16,384 frames.
+        In datasets of ours a part is a data file, and video and target files hold the same episodes (those of
+        tokens, of several parts); in others whole episodes are grouped up to 16,384 frames.
         """
         count = len(self)
         if count == 0:
