@@ -24,7 +24,7 @@ import numpy as np
 from ..schemas.errors import DataError
 from ..schemas.features import Feature
 from .durable import write_json
-from .tables import READERS, STATISTICS, numbers_of, read_columns, read_in_turn, write_parquet
+from .tables import STATISTICS, in_turn, numbers_of, read_columns, read_in_turn, write_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -260,7 +260,6 @@ def _loose_files(journal: Path, suffix: str) -> list[str]:
 
 def _contents(paths: Sequence[str]) -> list[bytes]:
     """Of many small files; several are asked for at once, since a disk that is asked one by one answers slowly."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def read(some: Sequence[str]) -> list[bytes]:
         texts = []
@@ -269,11 +268,7 @@ def _contents(paths: Sequence[str]) -> list[bytes]:
                 texts.append(file.read())
         return texts
 
-    if len(paths) <= RECEIPTS_A_TASK:
-        return read(paths)
-    runs = [paths[start : start + RECEIPTS_A_TASK] for start in range(0, len(paths), RECEIPTS_A_TASK)]
-    with ThreadPoolExecutor(READERS) as pool:
-        return [text for texts in pool.map(read, runs) for text in texts]
+    return [text for texts in in_turn(read, paths, RECEIPTS_A_TASK) for text in texts]
 
 
 def _loose(paths: Sequence[str], columns: Sequence[str] | None) -> tuple[pa.RecordBatch, dict[str, Any]]:
@@ -327,8 +322,6 @@ def read_statistics(root: Path, columns: Sequence[str] | None = None) -> Iterato
 
 def stage_statistics(root: Path, staging: Path, stop: StopRequest) -> None:
     """Bring the statistics of loose parts together, in the order of parts; those of earlier runs stay."""
-    from concurrent.futures import ThreadPoolExecutor
-
     loose = _loose_statistics(root / "dpipe" / "journal")
     folder = staging / "dpipe" / "journal" / "statistics"
 
@@ -340,14 +333,8 @@ def stage_statistics(root: Path, staging: Path, stop: StopRequest) -> None:
         same = (t if t.schema.equals(schema) else t.cast(schema) for t in tables)
         write_parquet(folder / f"from-{first}.parquet", _together(same), schema)
 
-    files = [loose[start : start + PARTS_PER_FILE] for start in range(0, len(loose), PARTS_PER_FILE)]
-    if len(files) <= 1:
-        for paths in files:
-            stage(paths)
-        return
-    with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(stage, files):
-            pass
+    for _ in in_turn(stage, loose, PARTS_PER_FILE):
+        pass
 
 
 def _together(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

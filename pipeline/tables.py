@@ -8,7 +8,7 @@ taken. See DECISIONS.md for what we do differently on purpose (exact quantiles, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,24 +223,33 @@ def read_in_turn(
     paths: Sequence[Path] | Sequence[str], columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
     """The same of many small files one after the other, opened ahead: most of their time is waiting for the disk."""
+
+    def read(some: Sequence[Path | str]) -> list[pa.Table]:
+        return [read_columns(path, columns, use_threads=False) for path in some]
+
+    for tables in in_turn(read, paths, FILES_A_TASK):
+        yield from tables
+
+
+def in_turn[Item, Result](
+    work: Callable[[Sequence[Item]], Result], items: Sequence[Item], a_task: int
+) -> Iterator[Result]:
+    """`work` on runs of `a_task` items in threads, a few runs ahead; results in order. A single run is done here."""
     from collections import deque
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    def read(some: Sequence[Path] | Sequence[str]) -> list[pa.Table]:
-        return [read_columns(path, columns, use_threads=False) for path in some]
-
-    runs = (paths[start : start + FILES_A_TASK] for start in range(0, len(paths), FILES_A_TASK))
-    if len(paths) <= FILES_A_TASK:
-        yield from read(paths)
+    runs = [items[start : start + a_task] for start in range(0, len(items), a_task)]
+    if len(runs) <= 1:
+        yield from map(work, runs)
         return
     with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[Future[list[pa.Table]]] = deque()
+        waiting: deque[Future[Result]] = deque()
         for some in runs:
-            waiting.append(pool.submit(read, some))
+            waiting.append(pool.submit(work, some))
             if len(waiting) > READERS:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
 
 
 def numbers_of(column: pa.ChunkedArray | Sequence[pa.Array]) -> NDArray[Any]:
