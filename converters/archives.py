@@ -202,22 +202,27 @@ def unpack(member: ZipMember, packed: bytes) -> bytes:
     """Inflate and check a zip member. Never makes more bytes than the directory declares."""
     if member.method == STORED:
         data = packed
-    elif member.method == DEFLATED:
-        if member.size > MOST_INFLATION * len(packed) + 64:
-            raise DataError(f"'{member.name}' declares {member.size:,} bytes from {len(packed):,}; refused")
+    else:
+        _require_inflatable(member)
         try:
             data = zlib.decompressobj(-15).decompress(packed, member.size + 1)
         except zlib.error as error:
             raise DataError(f"'{member.name}' cannot be inflated: {error}") from error
-    else:
-        raise DataError(
-            f"'{member.name}' is packed by method {member.method}; only stored and deflated are read"
-        )
     if len(data) != member.size:
         raise DataError(f"'{member.name}' holds other than the {member.size:,} bytes its directory declares")
     if zlib.crc32(data) != member.crc:
         raise DataError(f"'{member.name}' does not match its checksum; the file is damaged")
     return data
+
+
+def _require_inflatable(member: ZipMember) -> None:
+    """Refuse a member that zlib cannot read, or whose declared size no deflate stream of its bytes can have."""
+    if member.method != DEFLATED:
+        raise DataError(
+            f"'{member.name}' is packed by method {member.method}; only stored and deflated are read"
+        )
+    if member.size > MOST_INFLATION * member.packed + 64:
+        raise DataError(f"'{member.name}' declares {member.size:,} bytes from {member.packed:,}; refused")
 
 
 def read_member(read_at: ReadAt, member: ZipMember) -> bytes:
@@ -227,11 +232,7 @@ def read_member(read_at: ReadAt, member: ZipMember) -> bytes:
 
 def inflate(path: Path, member: ZipMember) -> BinaryIO:
     """A deflated member as an open file without a name, checked; it is gone when closed, or with its process."""
-    if member.method != DEFLATED or member.size > MOST_INFLATION * member.packed + 64:
-        raise DataError(
-            f"'{member.name}' declares {member.size:,} bytes from {member.packed:,}, packed by method "
-            f"{member.method}; refused"
-        )
+    _require_inflatable(member)
     with ExitStack() as until_whole:
         file = cast("BinaryIO", until_whole.enter_context(tempfile.TemporaryFile()))
         try:
