@@ -104,8 +104,8 @@ def facts_of_manifest(
 
 def facts_of(dataset: Dataset) -> Facts:
     """Of an opened dataset, whoever wrote it."""
-    if dataset.manifest is not None and "embodiment" in dataset.manifest:
-        return facts_of_manifest(dataset.manifest, dataset.tasks, read_dropped(dataset.root))
+    if dataset.own_manifest is not None:
+        return facts_of_manifest(dataset.own_manifest, dataset.tasks, read_dropped(dataset.root))
     features = tuple(
         FeatureFact(name, dataset.names(name), "", "", str(told["dtype"]))
         for name, told in dataset.features.items()

@@ -59,9 +59,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-FILES_AT_A_TIME = (
-    4  # more than they need of the processor: they wait for the disk and for the kernel's copies
-)
+# More than they need of the processor: they wait for the disk and for the kernel's copies.
+FILES_AT_A_TIME = 4
 
 Pictures = dict[str, tuple["NDArray[np.int64]", "NDArray[np.int64]"]]
 """By camera: grey levels [n, 768] and counted frames [n] of every episode."""
@@ -160,7 +159,7 @@ def refuse_differences(datasets: Sequence[Dataset]) -> None:
 
 def meaning(dataset: Dataset) -> dict[str, Any]:
     """What two datasets must share to be one, flat, by names a person can look up."""
-    manifest = dataset.manifest if dataset.manifest and "embodiment" in dataset.manifest else None
+    manifest = dataset.own_manifest
     told: dict[str, Any] = {
         "written by": "dpipe" if manifest else "another tool: its conventions are not told",
         "fps": dataset.fps,

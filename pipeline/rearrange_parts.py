@@ -54,9 +54,7 @@ class Plan:
     split: list[str]
     length: NDArray[np.int64]
     tasks: list[str]
-    renumber: list[
-        NDArray[np.int64]
-    ]  # by dataset: its task_index -> the new one, -1 where no episode uses it
+    renumber: list[NDArray[np.int64]]  # by dataset: its task_index -> the new one, -1 where unused
     first_task: NDArray[np.int64]  # new number of each episode's first sentence
     part: NDArray[np.int64] = field(init=False)
     whole: frozenset[int] = field(init=False)  # parts that are parts of a source
@@ -72,7 +70,7 @@ class Plan:
 
     @property
     def ours(self) -> bool:
-        return all(_is_ours(dataset) for dataset in self.datasets)
+        return all(dataset.own_manifest is not None for dataset in self.datasets)
 
     @cached_property
     def videos(self) -> list[str]:
@@ -103,10 +101,6 @@ class Written(NamedTuple):
 
 
 # --- which episodes share a part --------------------------------------------------------------------------------
-
-
-def _is_ours(dataset: Dataset) -> bool:
-    return dataset.manifest is not None and "embodiment" in dataset.manifest
 
 
 def _parts(plan: Plan) -> tuple[NDArray[np.int64], frozenset[int]]:
@@ -154,7 +148,7 @@ def _video_files(dataset: Dataset, videos: Sequence[str]) -> NDArray[np.int64]:
 
 def _whole_parts(dataset: Dataset, videos: Sequence[str]) -> dict[int, int]:
     """First episode -> number of episodes of each part whose files hold these episodes and no others."""
-    if not _is_ours(dataset):
+    if dataset.own_manifest is None:
         return {}
     own, files = dataset.episodes, _video_files(dataset, videos)
     members = [dict(zip(*np.unique(column, return_counts=True), strict=True)) for column in files.T]
@@ -227,9 +221,15 @@ def _take_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> boo
     try:
         os.link(source.resolve(), path)
     except OSError:  # another disk, or one without hard links
-        shutil.copyfile(source, path)
-        sync_path(path)
+        _copy(source, path)
     return True
+
+
+def _copy(source: Path, path: Path) -> None:
+    """A file as it is, on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+    sync_path(path)
 
 
 def _problem(table: SampleTable, dataset: Dataset, first: int, frames: int) -> str | None:
@@ -314,12 +314,11 @@ def write_rows(tree: Path, plan: Plan, part: int, rows: Sequence[int]) -> Writte
     source = _unchanged(plan, part, rows, schema, files) if _keeps_numbers(plan, rows) else None
     if source is None:
         write_parquet(path, numbered(), schema, sync=False)
+        sync_path(path)
     else:
         for _ in numbered():
             pass
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
-    sync_path(path)
+        _copy(source, path)
     written.values.update({name: np.concatenate(values) for name, values in seen.items()})
     return written
 
@@ -331,9 +330,7 @@ def write_sidecar(tree: Path, plan: Plan, part: int, rows: Sequence[int]) -> Non
     schema = files.open(plan.first.sidecar_path(0)).file.schema_arrow.remove_metadata()
     source = _unchanged(plan, part, rows, schema, files, Dataset.sidecar_path)
     if source is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
-        sync_path(path)
+        _copy(source, path)
         return
     blocks = _blocks(plan, rows, schema, files, Dataset.sidecar_path)
     tables = (table for run, block in blocks for table in _by_episode(plan, run, block))

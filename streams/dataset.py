@@ -141,6 +141,11 @@ class Dataset:
     # --- what there is ---------------------------------------------------------------------------------
 
     @property
+    def own_manifest(self) -> dict[str, Any] | None:
+        """The manifest of a conversion, which tells the body and its conventions; None where another tool wrote it."""
+        return self.manifest if self.manifest and "embodiment" in self.manifest else None
+
+    @property
     def cameras(self) -> tuple[str, ...]:
         return tuple(name for name, told in self.features.items() if told["dtype"] in ("video", "image"))
 
