@@ -127,9 +127,7 @@ class _Work:
     todo: list[tuple[int, int]] = field(default_factory=list)  # encode: (row of the refs, part)
     parts: dict[int, list[str]] = field(default_factory=dict)  # parts not yet muxed -> their episodes
     order: list[str] = field(default_factory=list)  # every episode of the dataset, in its order
-    homes: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # its part, as Order.homes
+    homes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # its part
     gone: list[tuple[str, int]] = field(default_factory=list)  # listed, neither done nor found any more
 
 
@@ -866,9 +864,8 @@ class _Lazy:
     def heavy(self, tasks: int) -> Executor:
         given = self.request.workers
         workers = min(given, tasks) if self.request.scheduler is None else given
-        if (
-            self.entered is not None and self.workers < workers
-        ):  # enough for a smaller dataset before this one
+        # Those there may have been enough for a smaller dataset before this one.
+        if self.entered is not None and self.workers < workers:
             self.__exit__()
         if self.entered is None:
             self.entered, self.workers = open_executor(self.stop, workers, self.request.scheduler), workers

@@ -141,8 +141,8 @@ def histograms_statistics(counts: NDArray[np.int64], frames: NDArray[np.int64]) 
     """The same of many pictures at once: [E, 3, 256] counts -> [E, 3] a statistic, `count` [E, 1]."""
     levels = np.arange(256) / 255.0
     total = counts.sum(axis=2)
-    mean = np.stack([each @ levels for each in counts]) / total
-    variance = np.stack([each @ levels**2 for each in counts]) / total - mean**2
+    mean = counts @ levels / total
+    variance = counts @ levels**2 / total - mean**2
     there = counts > 0
     result: dict[str, NDArray[Any]] = {
         "min": levels[there.argmax(axis=2)],
@@ -153,9 +153,8 @@ def histograms_statistics(counts: NDArray[np.int64], frames: NDArray[np.int64]) 
     }
     cumulative = counts.cumsum(axis=2)
     for name, q in QUANTILES.items():
-        position = q * (
-            total - 1
-        )  # among the ordered values; how many levels end at or before it is its level
+        # Among the ordered values; as many levels as end at or before it is its level.
+        position = q * (total - 1)
         low = np.floor(position)
         below = levels[(cumulative <= low[..., None]).sum(axis=2)]
         above = levels[(cumulative <= np.ceil(position)[..., None]).sum(axis=2)]
