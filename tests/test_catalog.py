@@ -24,30 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_libero import demo_arrays, write_raw, write_suite
 from test_faults import folder as in_memory  # noqa: F401 - a fixture
+from text_source import text_source
 from trees import run_convert, tree_digest
 
 QUIET = Progress(quiet=True)
 
-# One file a hundred episodes, without pixels: episode n of file f says its own number.
+# One file a hundred episodes: episode n of file f says its own number, and a log what was looked at.
 MANY = """
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-
-from dpipe.converters import Converter
-from dpipe.schemas.episode import Embodiment, Episode, EpisodeRef, Recording
-from dpipe.schemas.features import Feature
-
 LOG = Path(__file__).with_suffix(".log")
-
-@dataclass(frozen=True)
-class Options:
-    pass
-
-def find(raw, options):
-    for path in sorted(raw.glob("*.txt")):
-        yield Recording(path.stem, "train", (path,))
 
 def scan(recording, options):
     LOG.open("a").write(f"scan {recording.name}\\n")
@@ -62,19 +46,11 @@ def read(ref, options):
     name, _, number = ref.source_id.partition("/")
     state = np.full((4, 2), int(number), np.float32) + np.arange(4, dtype=np.float32)[:, None] / 8
     return Episode(ref, {"observation.state": state, "action": state + len(name)}, {})
-
-features = (Feature("observation.state", "float32", ("x", "y")), Feature("action", "float32", ("x", "y")))
-body = Embodiment("many", "none", 10, "by hand", features, {})
-CONVERTER = Converter("many", 1, Options, find, scan, read, lambda options, variant: body, "*.txt")
 """
 
 
 def many(folder: Path) -> ConvertRequest:
-    script = folder / "many.py"
-    script.write_text(MANY)
-    (folder / "raw").mkdir()
-    options = load_converter(str(script)).Options()
-    return ConvertRequest(str(script), folder / "raw", folder / "out", "out", options, part_frames=200)
+    return text_source(folder, "many", MANY, part_frames=200)
 
 
 def log(folder: Path) -> list[str]:

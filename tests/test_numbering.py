@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from dpipe.converters import load_converter
 from dpipe.pipeline import convert as convert_module
 from dpipe.pipeline import finish as finish_module
 from dpipe.pipeline.convert import ConvertRequest, convert
@@ -22,26 +21,13 @@ from dpipe.pipeline.progress import Progress
 from dpipe.pipeline.tables import FILES_A_TASK, READERS, read_columns, read_in_turn, write_parquet
 from dpipe.schemas.errors import Interrupted
 from dpipe.streams.dataset import open_dataset
+from text_source import text_source
 from trees import tree_digest
 
 QUIET = Progress(quiet=True)
 DPIPE = Path(sys.executable).parent / "dpipe"
-SOURCE = """
-from dataclasses import dataclass
-import numpy as np
-from dpipe.converters import Converter
-from dpipe.schemas.episode import Embodiment, Episode, EpisodeRef, Recording
-from dpipe.schemas.errors import DataError
-from dpipe.schemas.features import Feature
-
-@dataclass(frozen=True)
-class Options:
-    pass
-
-def find(raw, options):
-    for path in sorted(raw.glob("*.txt")):
-        yield Recording(path.stem, "train", (path,))
-
+# Two episodes a part; an episode is a number, and one below zero fails when it is read.
+NUMBERS = """
 def scan(recording, options):
     episodes = recording.files[0].read_text().split()
     return [
@@ -56,22 +42,15 @@ def read(ref, options):
     state = x + np.arange(8, dtype=np.float32).reshape(4, 2)
     return Episode(ref, {"observation.state": state, "action": -state, "force": state[:, :1].copy()}, {})
 
-features = (Feature("observation.state", "float32", ("x", "y")), Feature("action", "float32", ("x", "y")))
-force = (Feature("force", "float32", ("z",)),)
-body = Embodiment("numbers", "none", 10, "by hand", features, {}, sidecar=force)
-CONVERTER = Converter("numbers", 1, Options, find, scan, read, lambda options, variant: body, "*.txt")
+sidecar = (Feature("force", "float32", ("z",)),)
 """
 
 
 def numbers(folder: Path, **files: str) -> ConvertRequest:
-    """Recordings without pictures: an episode a number, two of them a part; below zero they fail when read."""
-    (folder / "numbers.py").write_text(SOURCE)
-    (folder / "raw").mkdir(exist_ok=True)
+    asked = text_source(folder, "numbers", NUMBERS, part_frames=8)
     for name, text in files.items():
-        (folder / "raw" / f"{name}.txt").write_text(text)
-    source = str(folder / "numbers.py")
-    options = load_converter(source).Options()
-    return ConvertRequest(source, folder / "raw", folder / "out", "out", options, part_frames=8)
+        (asked.raw / f"{name}.txt").write_text(text)
+    return asked
 
 
 class StopAt(StopRequest):
