@@ -8,6 +8,8 @@ Source for which frames are sampled: lerobot 0.6.1 `datasets/compute_stats.py`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +17,35 @@ from numpy.typing import NDArray
 
 from ..schemas.statistics import QUANTILES, Blocks, exact_statistics
 
-SAMPLED_SIDE = 32  # pictures are thinned to about this many pixels a side before they are counted
-COUNTED_AT_A_TIME = 4 << 20  # bytes of thinned pictures held
+MEASURED = ("min", "max", "mean", "std", *QUANTILES)
+# Pictures are thinned to about this many pixels a side before they are counted. Of 48 demonstrations at 128x128 the
+# mean then lies within 0.2 grey levels of that of every pixel and the deviation within 0.8, as with 32; with 16
+# they are 1.3 and 1.8 off.
+SAMPLED_SIDE = 24
+COUNTED_AT_A_TIME = 1 << 20  # thinned pixels held, of four bytes
 
 
 def column_statistics(column: NDArray[Any]) -> dict[str, list[float] | list[int]]:
     """Statistics of one column in memory, [T, D] or [T]: lists of D values, and `count` as [T]."""
-    values = np.asarray(column, np.float64).reshape(len(column), -1)
-    result: dict[str, list[float] | list[int]] = {
-        "min": values.min(axis=0).tolist(),
-        "max": values.max(axis=0).tolist(),
-        "mean": values.mean(axis=0).tolist(),
-        "std": values.std(axis=0).tolist(),
-        "count": [len(values)],
-    }
-    quantiles = _interpolate(np.sort(values, axis=0), np.array(list(QUANTILES.values())))
-    return result | dict(zip(QUANTILES, quantiles.tolist(), strict=True))
+    found = dict(zip(MEASURED, statistics_table([column]).tolist(), strict=True))
+    moments = {name: found[name] for name in ("min", "max", "mean", "std")}
+    return moments | {"count": [len(column)]} | {name: found[name] for name in QUANTILES}
+
+
+def statistics_table(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """[len(MEASURED), sum of D] statistics of columns [T, D] or [T] of one length, side by side."""
+    length = len(columns[0])
+    values = np.concatenate([column.reshape(length, -1).T for column in columns], dtype=np.float64)
+    ordered, mean = np.sort(values, axis=1), values.mean(axis=1)
+    result = np.empty((len(MEASURED), len(values)))
+    result[:3] = values.min(axis=1), values.max(axis=1), mean
+    values -= mean[:, None]
+    np.sqrt(np.square(values, out=values).mean(axis=1), out=result[3])
+    for row, q in enumerate(QUANTILES.values(), 4):
+        position = q * (length - 1)
+        below, above = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
+        result[row] = below + (position - math.floor(position)) * (above - below)
+    return result
 
 
 def arange_statistics(start: int, count: int) -> dict[str, list[float] | list[int]]:
@@ -89,22 +104,25 @@ class FrameHistogram:
     def __init__(self) -> None:
         self.frames = 0
         self._counts = np.zeros((3, 256), np.int64)
-        self._thin: list[NDArray[np.uint8]] = []  # [3, n] bytes, not counted yet
+        self._thin: list[NDArray[np.uint32]] = []  # pixels not counted yet: R, G, B and a byte of no meaning
         self._waiting = 0
 
     def add(self, frames: NDArray[np.uint8], wanted: NDArray[np.int64] | slice = slice(None)) -> None:
         """Those `wanted` of frames [n, H, W, 3]; thinned by striding, as LeRobot thins large pictures."""
-        step = max(1, round(min(frames.shape[1], frames.shape[2]) / SAMPLED_SIDE))
+        height, width = frames.shape[1:3]
+        step = max(1, round(min(height, width) / SAMPLED_SIDE))
         # Whole rows first: what is left of them then lies evenly, in one stride.
         rows = frames[:, ::step][wanted]
-        thin = rows[:, :, ::step]
-        planes = np.empty((3, *thin.shape[:3]), np.uint8)
-        for colour in range(3):  # one at a time: numpy gathers pixels of three bytes twice as slowly
-            planes[colour] = thin[..., colour]
+        lines = rows.reshape(-1)
+        # Pixels of three bytes are slow to gather, those of four are not: each is taken with the byte behind it.
+        if width % step == 1 or step == 1:
+            lines = np.append(lines, np.uint8(0))
+        shape = (len(rows) * rows.shape[1], -(-width // step))
+        thin = np.ndarray(shape, "<u4", lines, strides=(width * 3, step * 3))
         self.frames += len(rows)
-        self._thin.append(planes.reshape(3, -1))
-        self._waiting += planes.size
-        if self._waiting > COUNTED_AT_A_TIME:
+        self._thin.append(thin.reshape(-1))
+        self._waiting += thin.size
+        if self._waiting >= COUNTED_AT_A_TIME:
             self._count()
 
     @property
@@ -121,9 +139,9 @@ class FrameHistogram:
         from PIL import Image
 
         if self._waiting:
-            for colour, levels in enumerate(np.concatenate(self._thin, axis=1)):
-                line = Image.frombuffer("L", (len(levels), 1), levels, "raw", "L", 0, 1)
-                self._counts[colour] += line.histogram()
+            pixels = np.concatenate(self._thin)
+            line = Image.frombuffer("RGBX", (len(pixels), 1), pixels, "raw", "RGBX", 0, 1)
+            self._counts += np.array(line.histogram()[:768]).reshape(3, 256)
         self._thin, self._waiting = [], 0
 
     def statistics(self) -> dict[str, Any]:
@@ -164,7 +182,9 @@ def histograms_statistics(counts: NDArray[np.int64], frames: NDArray[np.int64]) 
 
 def sampled_frames(frames: int) -> NDArray[np.int64]:
     """Which frames of an episode are counted: LeRobot's number, clip(T^0.75, 100, 10000), evenly spread."""
-    wanted = min(frames, int(np.clip(frames**0.75, 100, 10_000)))
+    wanted = min(frames, max(100, min(10_000, int(frames**0.75))))
+    if wanted == frames:
+        return np.arange(frames)
     return np.round(np.linspace(0, frames - 1, wanted)).astype(np.int64)
 
 
@@ -176,11 +196,3 @@ def dataset_statistics(chunks: Blocks) -> dict[str, list[float] | list[int]]:
     }
     result["count"] = [rows]
     return result | {name: found[name].tolist() for name in QUANTILES}
-
-
-def _interpolate(ordered: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Quantiles [Q, D] of sorted columns [T, D]."""
-    position = q * (len(ordered) - 1)
-    low = np.floor(position)
-    below, above = ordered[low.astype(int)], ordered[np.ceil(position).astype(int)]
-    return below + (position - low)[:, None] * (above - below)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from dpipe.pipeline.statistics import (
+    SAMPLED_SIDE,
     FrameHistogram,
     arange_statistics,
     column_statistics,
@@ -45,6 +46,19 @@ def test_picture_statistics_are_of_levels_over_255_and_count_frames():
     assert got["max"][0] == [[1.0]] and got["q10"][0] == [[0.0]] and got["q90"][0] == [[1.0]]
     levels = frames[..., 0].ravel() / 255
     assert got["q50"][0][0][0] == pytest.approx(np.quantile(levels, 0.5))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (31, 200), (128, 128), (129, 161), (33, 33), (48, 47), (97, 480)])
+def test_every_nth_pixel_of_the_wanted_frames_is_counted_once(size: tuple[int, int]):
+    frames = np.random.default_rng(0).integers(0, 256, (5, *size, 3), np.uint8)
+    step = max(1, round(min(size) / SAMPLED_SIDE))
+    for wanted in (slice(None), np.array([0, 2, 4]), np.zeros(0, int)):
+        histogram = FrameHistogram()
+        histogram.add(frames, wanted)
+        histogram.add(frames, wanted)
+        thin = frames[wanted][:, ::step, ::step]
+        expected = [2 * np.bincount(thin[..., colour].ravel(), minlength=256) for colour in range(3)]
+        assert np.array_equal(histogram.counts, expected) and histogram.frames == 2 * len(thin)
 
 
 def test_sampled_frames_follow_lerobots_count_and_reach_both_ends():
