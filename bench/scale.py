@@ -122,7 +122,7 @@ def journal(arguments: argparse.Namespace) -> dict[str, Any]:
     from dpipe.pipeline import convert as module
     from dpipe.pipeline.payload import file_memo, staged_data
     from dpipe.pipeline.receipts import receipt_path, write_part_receipt
-    from dpipe.pipeline.statistics import column_statistics
+    from dpipe.pipeline.statistics import statistics_table
     from dpipe.pipeline.tables import data_schema, episode_table, write_parquet
 
     os.fsync = lambda descriptor: None
@@ -136,7 +136,7 @@ def journal(arguments: argparse.Namespace) -> dict[str, Any]:
     schema = data_schema(features)
     shards = sorted(asked.raw.glob("*.shard"))
     memos = {shard: file_memo([shard]) for shard in shards}
-    statistics: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     done = 0
     for part, names in order.parts.items():
         if part % count != number or receipt_path(asked.out, part).is_file():
@@ -147,15 +147,15 @@ def journal(arguments: argparse.Namespace) -> dict[str, Any]:
             recording = SimpleNamespace(name=name, files=(shards[at * len(shards) // len(first)],))
             (ref,) = converter.scan(recording, asked.options)  # type: ignore[arg-type]
             episode = converter.read(ref, asked.options)
-            statistics = statistics or {f: column_statistics(c) for f, c in episode.columns.items()}
+            columns = [episode.columns[feature.name] for feature in features]
+            arrays = arrays or {"statistics": statistics_table(columns)}
             digest = xxhash.xxh3_128_hexdigest(name.encode())
             receipt = {
                 "source_id": name, "split": "train", "variant": "", "frames": FRAMES, "instruction": ref.instruction,
                 "metadata": dict(ref.metadata), "segments": [s.to_json() for s in ref.segments], "warnings": [],
                 "key": module._key(base, name), "memo": memos[ref.files[0]], "raw_digest": digest, "content": digest,
-                "statistics": statistics,
             }  # fmt: skip
-            spools.append(SimpleNamespace(receipt=receipt))
+            spools.append(SimpleNamespace(receipt=receipt, arrays=arrays))
             numbers.append((first[name], FRAMES * first[name], at % TASKS))
             told = dict(zip(("episode_index", "index", "task_index"), numbers[-1], strict=True))
             tables.append(episode_table(schema, features, episode.columns, FRAMES, 30, told))

@@ -60,7 +60,7 @@ SCAN = "scan.parquet"  # in the journal: the catalogue as the last run found it
 SCANNED_HERE = 512  # recordings up to which starting workers would cost more than they save
 JOBS_AT_A_TIME = 256
 PLANNED_ABOVE_PIXELS = 1e10  # some minutes of one core: below, nobody need be asked
-LAYOUT = 1  # raise when the same inputs would give other files
+LAYOUT = 2  # raise when the same inputs would give other files
 
 
 @dataclass(frozen=True)
@@ -417,7 +417,7 @@ def _plan(
             continue  # made once, and since then every episode of it anew
         work.parts[part] = ids
         for source_id in ids:
-            row, path = refs.row_of.get(source_id), _spool_path(journal, source_id, part)
+            row, path = refs.row_of.get(source_id), _spool_path(spool, source_id, part)
             if path.name in spooled and _spooled(request, path, refs, row, _key(base, source_id)):
                 continue
             if row is None:
@@ -542,8 +542,8 @@ def episode_job(
     )
 
 
-def _spool_path(journal: Path, source_id: str, part: int) -> Path:
-    return journal.parent / "spool" / f"{part:06d}-{spool_name(source_id)}.episode"
+def _spool_path(spool: Path, source_id: str, part: int) -> Path:
+    return spool / f"{part:06d}-{spool_name(source_id)}.episode"
 
 
 def _spooled(request: ConvertRequest, path: Path, refs: Refs, row: int | None, key: str) -> bool:
@@ -582,13 +582,15 @@ def _run(
     for _, part in work.todo:
         missing[part] += 1
     numbers = _provisional_numbers(work, refs)
+    spool = journal.parent / "spool"
+    spool.mkdir(exist_ok=True)
     progress.begin(f"convert {converter.name}", len(work.todo))
     cameras = next((tuple(c.key for c in cameras) for cameras, _, _ in refs.camera_sets()), None)
     unread: dict[str, str] = {}
 
     def mux(part: int) -> None:
         ids = work.parts[part]
-        spools = [_spool_path(journal, source_id, part) for source_id in ids]
+        spools = [_spool_path(spool, source_id, part) for source_id in ids]
         there = [path.is_file() for path in spools]
         job = PartJob(
             part=part,
@@ -608,12 +610,12 @@ def _run(
         for start in range(0, len(work.todo), JOBS_AT_A_TIME):
             some = work.todo[start : start + JOBS_AT_A_TIME]
             for ref, (row, part) in zip(refs.take([row for row, _ in some]), some, strict=True):
-                spool = _spool_path(journal, ref.source_id, part)
-                job = episode_job(request, ref, _key(base, ref.source_id), spool, embodiment)
+                path = _spool_path(spool, ref.source_id, part)
+                job = episode_job(request, ref, _key(base, ref.source_id), path, embodiment)
                 yield ("episode", (row, part)), encode_episode, (job,)
 
     for source_id, part in work.gone:
-        _record_gone(_spool_path(journal, source_id, part), source_id, _key(base, source_id), request.raw)
+        _record_gone(_spool_path(spool, source_id, part), source_id, _key(base, source_id), request.raw)
     for part in sorted(missing):
         if not missing[part]:
             mux(part)
@@ -623,7 +625,7 @@ def _run(
                 raise DataError(_stopped(request, f"part {name}", outcome))
             # Its receipt is durable: the spool files may go, unless shards are still to be made of them.
             for source_id in work.parts[name] if request.shards is None else ():
-                _spool_path(journal, source_id, name).unlink(missing_ok=True)
+                _spool_path(spool, source_id, name).unlink(missing_ok=True)
             continue
         row, part = name
         if isinstance(outcome, Failure):
@@ -634,7 +636,7 @@ def _run(
             if not outcome.killed_workers:
                 raise DataError(_stopped(request, f"episode {ref.source_id}", outcome))
             _record_lost(
-                _spool_path(journal, ref.source_id, part), ref, _key(base, ref.source_id), outcome.message
+                _spool_path(spool, ref.source_id, part), ref, _key(base, ref.source_id), outcome.message
             )
             outcome = {}
         progress.advance(1, outcome.get("frames", 0), outcome.get("bytes", 0))

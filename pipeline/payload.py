@@ -23,7 +23,7 @@ from ..schemas.features import CameraFeature, Feature, check_columns
 from .durable import commit, temporary_name
 from .receipts import write_part_receipt
 from .spool import Spool, read_spool, write_spool
-from .statistics import FrameHistogram, column_statistics, sampled_frames
+from .statistics import FrameHistogram, sampled_frames, statistics_table
 from .tables import data_file, data_schema, episode_table, language_rows, video_file, write_parquet
 
 if TYPE_CHECKING:
@@ -109,18 +109,16 @@ def encode_episode(job: EpisodeJob) -> dict[str, Any]:
     receipt["cameras"] = cameras
     receipt["raw_digest"] = _raw_digest(episode, hashes)
     receipt["content"] = _content(episode)
-    receipt["statistics"] = {
-        feature.name: column_statistics(episode.columns[feature.name]) for feature in job.embodiment.features
-    }
+    arrays["statistics"] = statistics_table([episode.columns[f.name] for f in job.embodiment.features])
     for name, column in episode.columns.items():
         arrays[f"column/{name}"] = column
     for key, histogram in histograms.items():
         arrays[f"histogram/{key}"] = histogram.counts
         cameras[key]["counted"] = histogram.frames
-    write_spool(job.spool, receipt, arrays, blobs)
+    size = write_spool(job.spool, receipt, arrays, blobs)
     for blob in blobs.values():
         blob.close()
-    return {"frames": episode.frames, "bytes": job.spool.stat().st_size, "dropped": ""}
+    return {"frames": episode.frames, "bytes": size, "dropped": ""}
 
 
 @cache
@@ -184,9 +182,10 @@ def _encode_cameras(
             jpegs[key] = _Jpegs(key, sizes[key], job.shards)
     counted = sampled_frames(episode.frames)
     if sources:
-        for start, stop in _blocks(*sources.values()):
-            first, last = np.searchsorted(counted, (start, stop))
-            wanted = counted[first:last] - start
+        blocks = _blocks(*sources.values())
+        cuts = np.searchsorted(counted, [stop for _, stop in blocks[:-1]])
+        for (start, stop), sampled in zip(blocks, np.split(counted, cuts), strict=True):
+            wanted = sampled - start
             for key, source in sources.items():
                 block = np.ascontiguousarray(source.read(start, stop))
                 if len(block) != stop - start:
@@ -333,7 +332,7 @@ def mux_part(job: PartJob) -> dict[str, Any]:
         episode_table(
             schema,
             job.features,
-            {f.name: spool.array(f"column/{f.name}") for f in job.features},
+            {f.name: spool.arrays[f"column/{f.name}"] for f in job.features},
             int(spool.receipt["frames"]),
             job.fps,
             dict(zip(("episode_index", "index", "task_index"), number, strict=True)),
@@ -366,10 +365,9 @@ def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> 
     made_here: list[Path] = []
     for spool, camera in zip(spools, cameras, strict=True):
         if camera["kind"] == "encoded":
-            sizes = spool.array(f"sizes/{key}")
-            start = spool.sections[key].offset
-            offsets = start + np.concatenate([[0], np.cumsum(sizes)[:-1]])
-            runs.append(Run(spool.path, offsets, sizes, spool.array(f"sync/{key}").astype(bool)))
+            sizes = spool.arrays[f"sizes/{key}"]
+            offsets = spool.blobs[key].offset + np.cumsum(sizes) - sizes
+            runs.append(Run(spool.path, offsets, sizes, spool.arrays[f"sync/{key}"]))
             first = camera if mixed else first
         elif mixed:
             made_here.append(temporary_name(spool.path.with_name(f"{spool.path.name}.{key}")))
@@ -391,10 +389,10 @@ def _mux_camera(path: Path, key: str, spools: Sequence[Spool], job: PartJob) -> 
 
 def _in_spool(spool: Spool, key: str) -> Mapping[str, Any]:
     """A camera's receipt; its clip, where the spool file itself holds it, as a stretch of that."""
-    camera, section = spool.receipt["cameras"][key], spool.sections.get(key)
-    if camera["kind"] != "copied" or section is None:
+    camera, blob = spool.receipt["cameras"][key], spool.blobs.get(key)
+    if camera["kind"] != "copied" or blob is None:
         return camera
-    return {**camera, "path": str(spool.path), "offset": section.offset, "size": section.size}
+    return {**camera, "path": str(spool.path), "offset": blob.offset, "size": blob.size}
 
 
 def _transcode_to(
@@ -429,7 +427,7 @@ def _sidecar(spools: Sequence[Spool], features: Sequence[Feature]) -> tuple[list
     for spool in spools:
         arrays = []
         for feature in features:
-            flat = pa.array(spool.array(f"column/{feature.name}").reshape(-1))
+            flat = pa.array(spool.arrays[f"column/{feature.name}"].reshape(-1))
             arrays.append(flat if feature.dim == 1 else pa.FixedSizeListArray.from_arrays(flat, feature.dim))
         tables.append(pa.Table.from_arrays(arrays, schema=schema))
     return tables, schema
@@ -463,7 +461,7 @@ def file_memo(files: Sequence[Path]) -> list[list[int]]:
 def _blocks(*sources: FrameSource) -> list[tuple[int, int]]:
     frames = len(sources[0])
     pixels = max(source.height * source.width * 3 for source in sources)
-    size = int(np.clip(BLOCK_BYTES // pixels, 1, MOST_BLOCK))
+    size = max(1, min(BLOCK_BYTES // pixels, MOST_BLOCK))
     return [(start, min(start + size, frames)) for start in range(0, frames, size)]
 
 

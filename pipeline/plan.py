@@ -138,7 +138,7 @@ def _pilot(request: ConvertRequest, todo: Refs) -> tuple[float, int | None, str]
             spool = read_spool(job.spool)
             for key, camera in spool.receipt.get("cameras", {}).items():
                 if camera["kind"] == "encoded":
-                    video += spool.sections[key].size
+                    video += spool.blobs[key].size
                 else:
                     copied += 1
             if time.perf_counter() - started > PILOT_S:

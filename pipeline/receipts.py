@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from ..schemas.errors import DataError
 from ..schemas.features import Feature
 from .durable import write_json
+from .statistics import MEASURED
 from .tables import STATISTICS, in_turn, numbers_of, read_columns, read_in_turn, write_parquet
 
 if TYPE_CHECKING:
@@ -127,22 +129,40 @@ def write_part_statistics(
     import pyarrow as pa
 
     schema = statistics_schema([f.name for f in features], cameras)
-    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for row, spool in enumerate(spools):
-        dropped = "dropped" in spool.receipt
-        columns["part"].append(part)
-        columns["row"].append(row)
-        statistics = spool.receipt.get("statistics", {})
-        for feature in features:
-            for name in STATISTICS:
-                value = None if dropped else statistics[feature.name][name]
-                columns[f"stats/{feature.name}/{name}"].append(value)
+    there = np.array(["dropped" not in spool.receipt for spool in spools], bool)
+    kept = [spool for spool in spools if "dropped" not in spool.receipt]
+    columns: dict[str, Any] = {"part": np.full(len(spools), part), "row": np.arange(len(spools))}
+    if kept:
+        tables = np.stack([spool.arrays["statistics"] for spool in kept])
+        bounds = np.cumsum([0, *(feature.dim for feature in features)]).tolist()
+        for feature, (a, b) in zip(features, pairwise(bounds), strict=True):
+            for row, name in enumerate(MEASURED):
+                columns[f"stats/{feature.name}/{name}"] = _lists(tables[:, row, a:b], there)
+            frames = np.array([[spool.receipt["frames"]] for spool in kept], np.int64)
+            columns[f"stats/{feature.name}/count"] = _lists(frames, there)
         for key in cameras:
-            counts = None if dropped else spool.array(f"histogram/{key}").reshape(-1)
-            columns[f"histogram/{key}"].append(counts)
-            columns[f"counted/{key}"].append(0 if dropped else int(spool.receipt["cameras"][key]["counted"]))
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+            counts = np.stack([spool.arrays[f"histogram/{key}"] for spool in kept])
+            columns[f"histogram/{key}"] = _lists(counts.reshape(len(kept), -1), there)
+            counted = np.zeros(len(spools), np.int64)
+            counted[there] = [spool.receipt["cameras"][key]["counted"] for spool in kept]
+            columns[f"counted/{key}"] = counted
+    arrays = [
+        pa.array(columns[field.name], field.type)
+        if field.name in columns
+        else pa.nulls(len(spools), field.type)
+        for field in schema
+    ]
     write_parquet(path, [pa.Table.from_arrays(arrays, schema=schema)], schema)
+
+
+def _lists(values: NDArray[Any], there: NDArray[np.bool_]) -> pa.Array:
+    """Rows [kept, D] as lists where `there`, nulls elsewhere."""
+    import pyarrow as pa
+
+    ends = np.concatenate([[0], np.cumsum(there)]) * values.shape[1]
+    return pa.ListArray.from_arrays(
+        pa.array(ends, pa.int32()), pa.array(values.reshape(-1)), mask=pa.array(~there)
+    )
 
 
 # --- all receipts of a dataset --------------------------------------------------------------------------------

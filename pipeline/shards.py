@@ -89,9 +89,9 @@ def _write_part(root: Path, out: Path, number: int, options: ShardOptions, spool
         path = files.get(spool_name(dataset.episodes.source_id(episode)))
         section = jpeg_section(camera.removeprefix("observation.images."), options)
         found = read_spool(path) if path is not None else None
-        if found is None or section not in found.sections:
+        if found is None or section not in found.blobs:
             return None  # a copied clip, or a dataset finished before: decoded, as `precompute shards` does
-        jpegs = found.pieces(section, found.array(f"sizes/{section}"))
+        jpegs = found.pieces(section, found.arrays[f"sizes/{section}"])
         return jpegs if len(jpegs) == int(dataset.episodes.length[episode]) else None
 
     return write_part(dataset, out, number, options, ready)

@@ -1,8 +1,9 @@
 """Spool files: one finished episode, waiting for its part to be muxed.
 
-    magic | section bytes ... | footer JSON | footer length (8 bytes) | digest of all before (8 bytes) | magic
+    magic | arrays ... | blobs ... | footer JSON | its length | length up to the blobs | digest of all before | magic
 
-The footer carries the episode's receipt and where each section lies. A spool file gets its final name when it is
+The three numbers are 8 bytes each; arrays begin at multiples of 8 and are read together, blobs stay on disk. The
+footer carries the episode's receipt and where everything lies. A spool file gets its final name when it is
 whole, so that its presence is the receipt; a killed process leaves it or does not. Nothing waits for the disk here:
 most spool files are joined into their part and gone before the disk would have seen them. What a power cut made of
 one is known by the digest, which every reader checks, and that episode is encoded again.
@@ -11,11 +12,12 @@ one is known by the digest, which every reader checks, and that episode is encod
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,39 +25,30 @@ from numpy.typing import NDArray
 from ..schemas.errors import DataError
 from .durable import POINT, temporary_name
 
-MAGIC = b"DPSPOOL2"
-TAIL = 24  # bytes: footer length, digest, magic
+MAGIC = b"DPSPOOL3"
+TAIL = 32  # bytes: length of the footer, length up to the blobs, digest, magic
+ALIGNED = 8
 COPY_BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
-class Section:
-    """Bytes [offset, offset + size) of a spool file, an array when `dtype` is given."""
+class Blob(NamedTuple):
+    """Bytes [offset, offset + size) of a spool file."""
 
     offset: int
     size: int
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Spool:
     path: Path
     receipt: Mapping[str, Any]
-    sections: Mapping[str, Section]
-
-    def array(self, name: str) -> NDArray[Any]:
-        section = self.sections[name]
-        with open(self.path, "rb") as file:
-            file.seek(section.offset)
-            data = file.read(section.size)
-        return np.frombuffer(data, section.dtype).reshape(section.shape)
+    arrays: Mapping[str, NDArray[Any]]
+    blobs: Mapping[str, Blob]
 
     def pieces(self, name: str, lengths: NDArray[np.integer[Any]]) -> list[bytes]:
-        """A section that holds one piece after another."""
-        section = self.sections[name]
+        """A blob that holds one piece after another."""
         with open(self.path, "rb") as file:
-            file.seek(section.offset)
+            file.seek(self.blobs[name].offset)
             return [file.read(length) for length in lengths.tolist()]
 
 
@@ -71,42 +64,41 @@ def write_spool(
     receipt: Mapping[str, Any],
     arrays: Mapping[str, NDArray[Any]],
     blobs: Mapping[str, BinaryIO],
-) -> None:
-    """Write one episode: named arrays, and blobs copied from open temporary files (left open, read from 0)."""
+) -> int:
+    """Write one episode: named arrays, and blobs copied from open temporary files (left open, read from 0).
+
+    The folder must be there. Returns the file's size in bytes.
+    """
     import xxhash
 
     temporary = temporary_name(path)
-    if not temporary.parent.is_dir():  # asked first: to be refused a folder costs an exception
-        path.parent.mkdir(parents=True, exist_ok=True)
-    sections: dict[str, dict[str, Any]] = {}
+    head, at = [MAGIC], len(MAGIC)
+    told: dict[str, Any] = {"receipt": receipt, "arrays": {}, "blobs": {}}
+    for name, array in arrays.items():
+        told["arrays"][name] = (at, array.dtype.str, array.shape)
+        head += [array.tobytes(), bytes(-array.nbytes % ALIGNED)]
+        at += array.nbytes + len(head[-1])
     hasher = xxhash.xxh3_64()
     with open(temporary, "wb") as file:
 
-        def write(data: bytes) -> None:
+        def write(data: bytes) -> int:
             hasher.update(data)
-            file.write(data)
+            return file.write(data)
 
-        write(MAGIC)
-        for name, array in arrays.items():
-            data = np.ascontiguousarray(array)
-            sections[name] = {
-                "offset": file.tell(),
-                "size": data.nbytes,
-                "dtype": data.dtype.str,
-                "shape": list(data.shape),
-            }
-            write(data.tobytes())
+        write(b"".join(head))
+        until_blobs = at
         for name, blob in blobs.items():
-            start = file.tell()
+            start = at
             blob.seek(0)
             while block := blob.read(COPY_BLOCK):
-                write(block)
-            sections[name] = {"offset": start, "size": file.tell() - start}
-        footer = json.dumps({"receipt": receipt, "sections": sections}, separators=(",", ":")).encode()
-        write(footer + len(footer).to_bytes(8, "little"))
+                at += write(block)
+            told["blobs"][name] = (start, at - start)
+        footer = json.dumps(told, separators=(",", ":")).encode()
+        write(footer + len(footer).to_bytes(8, "little") + until_blobs.to_bytes(8, "little"))
         file.write(hasher.digest() + MAGIC)
     POINT(f"rename {path.name}")
     temporary.replace(path)
+    return at + len(footer) + TAIL
 
 
 def read_spool(path: Path) -> Spool:
@@ -118,24 +110,27 @@ def read_spool(path: Path) -> Spool:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - TAIL))
             tail = file.read(TAIL)
-            length = int.from_bytes(tail[:8], "little")
-            if tail[16:] != MAGIC or length > size - TAIL - len(MAGIC):
+            footer_size, until_blobs = (int.from_bytes(tail[i : i + 8], "little") for i in (0, 8))
+            blobs_size = size - TAIL - footer_size - until_blobs
+            if tail[24:] != MAGIC or blobs_size < 0:
                 raise ValueError("no footer")
-            file.seek(size - TAIL - length)
-            footer = json.loads(file.read(length))
             file.seek(0)
-            hasher, left = xxhash.xxh3_64(), size - TAIL + 8
+            head = file.read(until_blobs)
+            hasher, left = xxhash.xxh3_64(head), blobs_size
             while left and (block := file.read(min(left, COPY_BLOCK))):
                 hasher.update(block)
                 left -= len(block)
-            if hasher.digest() != tail[8:16]:
+            footer = file.read(footer_size)
+            hasher.update(footer + tail[:16])
+            if hasher.digest() != tail[16:24]:
                 raise ValueError("its bytes are not those its digest was made of")
     except (OSError, ValueError) as error:
         raise DataError(
             f"spool file {path} is torn: {error}; delete it and run the same command again"
         ) from error
-    sections = {
-        name: Section(s["offset"], s["size"], s.get("dtype", ""), tuple(s.get("shape", ())))
-        for name, s in footer["sections"].items()
+    told = json.loads(footer)
+    arrays = {
+        name: np.frombuffer(head, dtype, math.prod(shape), at).reshape(shape)
+        for name, (at, dtype, shape) in told["arrays"].items()
     }
-    return Spool(path, footer["receipt"], sections)
+    return Spool(path, told["receipt"], arrays, {name: Blob(*at) for name, at in told["blobs"].items()})
