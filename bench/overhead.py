@@ -63,6 +63,8 @@ def clocked(clock: Clock) -> Any:
     libero.CONVERTER = replace(libero.CONVERTER, scan=scan, read=read)
     Encoder.__init__ = clock.around("encode", Encoder.__init__)
     libero.DemoFrames.read = clock.around("read", libero.DemoFrames.read)
+    # Where the last of an episode's pictures is let go of, HDF5 closes its dataset.
+    libero.DemoFrames.__del__ = clock.around("read", lambda frames: vars(frames).clear())
     Encoder.write, Encoder.finish = (
         clock.around("encode", Encoder.write),
         clock.around("encode", Encoder.finish),
@@ -71,6 +73,7 @@ def clocked(clock: Clock) -> Any:
         yield
     finally:
         libero.CONVERTER, libero.DemoFrames.read, Encoder.write, Encoder.finish, Encoder.__init__ = kept
+        del libero.DemoFrames.__del__
 
 
 def convert(raw: Path, out: Path, codec: str) -> float:

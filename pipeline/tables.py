@@ -30,6 +30,8 @@ EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.par
 STATISTICS = ("min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99")
 EPISODES_PER_FILE = 50_000
 READERS, FILES_A_TASK = 4, 4  # threads that read small files, and how many each takes at a time: all are held
+PLACES = ("index", "frame_index")  # another in every row of an episode
+WRITE_BLOCK = 1 << 20  # bytes of a table gathered before they are written
 LANGUAGE = "language_persistent"
 _LANGUAGE_ROW = {
     **{name: {"dtype": "string", "_type": "Value"} for name in ("role", "content", "style")},
@@ -178,12 +180,16 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, syn
 
     Without `sync` neither: the caller writes a tree that gets its name when all of it is on disk.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path) if sync else path
     coded: Any = [leaf for field in schema for leaf in _repeating(field)]  # the stubs know bool alone
-    with pq.ParquetWriter(temporary, schema, compression="snappy", use_dictionary=coded or False) as writer:
+    with (
+        pa.output_stream(str(temporary), buffer_size=WRITE_BLOCK) as sink,  # or every page is a system call
+        pq.ParquetWriter(sink, schema, compression="snappy", use_dictionary=coded or False) as writer,
+    ):
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
     if sync:
@@ -191,7 +197,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, syn
 
 
 def _repeating(field: pa.Field, path: str = "") -> Iterator[str]:
-    """Parquet's names of a column's leaves, but of floating-point ones.
+    """Parquet's names of a column's leaves, but of floating-point ones and of a row's own place.
 
     Measurements rarely repeat: a dictionary of them takes as long as all else in writing a file, and makes it a
     fifth larger.
@@ -205,7 +211,7 @@ def _repeating(field: pa.Field, path: str = "") -> Iterator[str]:
             yield from _repeating(child, path)
     elif pa.types.is_nested(kind):
         yield from _repeating(kind.value_field.with_name("element"), f"{path}.list")
-    elif not pa.types.is_floating(kind):
+    elif not pa.types.is_floating(kind) and path not in PLACES:
         yield path
 
 
