@@ -27,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from dpipe.pipeline.durable import sync_path
 from dpipe.schemas.episode import VideoClip
 from dpipe.video.decode import transcode
 from dpipe.video.encode import AV1, H264, Codec, Encoder
@@ -74,7 +75,9 @@ def packet_copy(clips: list[Path], out: Path, sync: bool) -> None:
         if problem:
             raise SystemExit(f"{table.path}: {problem}")
     first, runs = tables[0], [copy_run(table) for table in tables]
-    write_mp4(out, first.sample_entry, first.width, first.height, FPS, runs, sync)
+    write_mp4(out, first.sample_entry, first.width, first.height, FPS, runs)
+    if sync:
+        sync_path(out)
 
 
 def cp(clips: list[Path], folder: Path, sync: bool) -> None:

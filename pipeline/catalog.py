@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from sys import intern
 from typing import TYPE_CHECKING, Any
@@ -423,6 +423,7 @@ class _Entries:
         return self.batches
 
 
+@cache
 def entry_schema() -> pa.Schema:
     """Few distinct words are dictionaries; what differs from episode to episode is one JSON text."""
     import pyarrow as pa

@@ -54,8 +54,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no reader globs; one per process, so that two writers cannot meet."""
-    folder, name = os.path.split(path)
-    return Path(folder, f".{name}.{os.getpid()}{TEMPORARY}")
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
 
 def sync_folder(folder: Path) -> None:

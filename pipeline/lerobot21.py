@@ -201,7 +201,6 @@ def _write_video(dataset: Dataset, episode: int, camera: str, target: Path) -> N
         table.height,
         dataset.fps,
         [copy_run(table, first, length)],
-        sync=False,
     )
 
 

@@ -257,7 +257,7 @@ def _copy_packets(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> N
             )
         runs.append(copy_run(table, first, frames))
     assert table is not None
-    write_mp4(path, table.sample_entry, table.width, table.height, plan.first.fps, runs, sync=False)
+    write_mp4(path, table.sample_entry, table.width, table.height, plan.first.fps, runs)
 
 
 def _neighbours(plan: Plan, rows: Sequence[int], camera: str) -> Iterator[tuple[int, int, list[int]]]:

@@ -35,8 +35,9 @@ def column_statistics(column: NDArray[Any]) -> dict[str, list[float] | list[int]
 def statistics_table(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
     """[len(MEASURED), sum of D] statistics of columns [T, D] or [T] of one length, side by side."""
     length = len(columns[0])
-    values = np.concatenate([column.reshape(length, -1).T for column in columns], dtype=np.float64)
-    ordered, mean = np.sort(values, axis=1), values.mean(axis=1)
+    stored = np.concatenate([column.reshape(length, -1).T for column in columns])
+    ordered, values = np.sort(stored, axis=1).astype(np.float64), stored.astype(np.float64)
+    mean = values.mean(axis=1)
     result = np.empty((len(MEASURED), len(values)))
     result[:3] = values.min(axis=1), values.max(axis=1), mean
     values -= mean[:, None]
@@ -109,17 +110,17 @@ class FrameHistogram:
 
     def add(self, frames: NDArray[np.uint8], wanted: NDArray[np.int64] | slice = slice(None)) -> None:
         """Those `wanted` of frames [n, H, W, 3]; thinned by striding, as LeRobot thins large pictures."""
-        height, width = frames.shape[1:3]
+        count, height, width, _ = frames.shape
         step = max(1, round(min(height, width) / SAMPLED_SIDE))
-        # Whole rows first: what is left of them then lies evenly, in one stride.
-        rows = frames[:, ::step][wanted]
-        lines = rows.reshape(-1)
+        held = np.ascontiguousarray(frames)
         # Pixels of three bytes are slow to gather, those of four are not: each is taken with the byte behind it.
-        if width % step == 1 or step == 1:
-            lines = np.append(lines, np.uint8(0))
-        shape = (len(rows) * rows.shape[1], -(-width // step))
-        thin = np.ndarray(shape, "<u4", lines, strides=(width * 3, step * 3))
-        self.frames += len(rows)
+        if (height - 1) % step == (width - 1) % step == 0:
+            held = np.append(held, np.uint8(0))
+        shape = (count, -(-height // step), -(-width // step))
+        thin = np.ndarray(shape, "<u4", held, strides=(height * width * 3, step * width * 3, step * 3))[
+            wanted
+        ]
+        self.frames += len(thin)
         self._thin.append(thin.reshape(-1))
         self._waiting += thin.size
         if self._waiting >= COUNTED_AT_A_TIME:

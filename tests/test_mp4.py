@@ -234,7 +234,7 @@ def test_what_is_written_reads_back(tmp_path, made, fps, in_file):
     (tmp_path / "heap").write_bytes(heap)
     source = tmp_path / "heap" if in_file else heap
     parts = [Run(source, *part) for part in made]
-    write_mp4(tmp_path / "out.mp4", ENTRY, 64, 48, fps, parts, sync=False)
+    write_mp4(tmp_path / "out.mp4", ENTRY, 64, 48, fps, parts)
     table = read_table(tmp_path / "out.mp4")
     data = (tmp_path / "out.mp4").read_bytes()
 

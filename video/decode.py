@@ -165,7 +165,7 @@ def backend_problem(name: str) -> str | None:
         clip = encoder.finish()
         with tempfile.TemporaryFile() as file:
             path = Path(f"/dev/fd/{file.fileno()}")
-            write_mp4(path, clip.sample_entry, 64, 64, 10, [clip.run(sink.getvalue())], sync=False)
+            write_mp4(path, clip.sample_entry, 64, 64, 10, [clip.run(sink.getvalue())])
             try:
                 with _open(path, name) as reader:
                     error = np.abs(reader.read([2, 0]).astype(int) - grey[[2, 0]]).max()

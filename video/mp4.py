@@ -307,13 +307,11 @@ def write_mp4(
     height: int,
     fps: int,
     runs: Sequence[Run],
-    sync: bool = True,
 ) -> int:
     """Write the runs one after another as one constant-rate MP4, table first; returns its size in bytes.
 
     Frame k of the file is shown at exactly k / fps. The bytes depend on the arguments alone, no clock is
-    written. One chunk per run. The file is synced to disk unless the caller does so later, for several at once;
-    renaming it into place is the caller's.
+    written. One chunk per run. To make the file durable, and to give it its name, is the caller's.
     """
     if not runs or not all(len(run) for run in runs):
         raise ValueError("every part needs a run, and every run a sample")
@@ -342,8 +340,6 @@ def write_mp4(
         file.write(ftyp + head + mdat)
         file.flush()
         _copy_runs(file.fileno(), runs)
-        if sync:
-            os.fsync(file.fileno())
     return base + payload
 
 
