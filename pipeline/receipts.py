@@ -134,11 +134,11 @@ def write_part_statistics(
     columns: dict[str, Any] = {"part": np.full(len(spools), part), "row": np.arange(len(spools))}
     if kept:
         tables = np.stack([spool.arrays["statistics"] for spool in kept])
+        frames = np.array([[spool.receipt["frames"]] for spool in kept], np.int64)
         bounds = np.cumsum([0, *(feature.dim for feature in features)]).tolist()
         for feature, (a, b) in zip(features, pairwise(bounds), strict=True):
             for row, name in enumerate(MEASURED):
                 columns[f"stats/{feature.name}/{name}"] = _lists(tables[:, row, a:b], there)
-            frames = np.array([[spool.receipt["frames"]] for spool in kept], np.int64)
             columns[f"stats/{feature.name}/count"] = _lists(frames, there)
         for key in cameras:
             counts = np.stack([spool.arrays[f"histogram/{key}"] for spool in kept])

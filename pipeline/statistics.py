@@ -34,6 +34,8 @@ def column_statistics(column: NDArray[Any]) -> dict[str, list[float] | list[int]
 
 def statistics_table(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
     """[len(MEASURED), sum of D] statistics of columns [T, D] or [T] of one length, side by side."""
+    if not columns:
+        return np.empty((len(MEASURED), 0))
     length = len(columns[0])
     stored = np.concatenate([column.reshape(length, -1).T for column in columns])
     ordered, values = np.sort(stored, axis=1).astype(np.float64), stored.astype(np.float64)

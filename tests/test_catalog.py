@@ -53,6 +53,22 @@ def many(folder: Path) -> ConvertRequest:
     return text_source(folder, "many", MANY, part_frames=200)
 
 
+def test_recordings_of_words_alone_are_converted(tmp_path: Path):
+    bare = """
+features = ()
+
+def scan(recording, options):
+    return [EpisodeRef(f"{recording.name}/{n}", "train", 4, "say", recording.files, ()) for n in range(2)]
+
+def read(ref, options):
+    return Episode(ref, {}, {})
+"""
+    asked = text_source(tmp_path, "bare", bare, part_frames=200)
+    (asked.raw / "a.txt").write_text("")
+    assert convert(asked, QUIET).episodes == 2
+    assert open_dataset(asked.out).total_frames == 8
+
+
 def log(folder: Path) -> list[str]:
     path = folder / "many.log"
     lines = path.read_text().splitlines() if path.exists() else []
