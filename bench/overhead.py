@@ -78,9 +78,10 @@ def clocked(clock: Clock) -> Any:
 
 def convert(raw: Path, out: Path, codec: str) -> float:
     from dpipe.converters.libero import Options
-    from dpipe.pipeline.convert import ConvertRequest, convert_all
+    from dpipe.pipeline.convert import convert_all
     from dpipe.pipeline.payload import VideoOptions
     from dpipe.pipeline.progress import Progress
+    from dpipe.pipeline.request import ConvertRequest
 
     request = ConvertRequest("libero", raw, out, out.name, Options(), video=VideoOptions(codec))
     started = time.perf_counter()

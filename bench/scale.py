@@ -86,7 +86,7 @@ if __name__.startswith("dpipe_converter"):
 
 def request(**changes: Any) -> Any:
     from dpipe.converters import load_converter
-    from dpipe.pipeline.convert import ConvertRequest
+    from dpipe.pipeline.request import ConvertRequest
 
     options = load_converter(str(HERE)).Options()
     told = {"part_frames": PART_FRAMES, "name": "set"} | changes
@@ -98,8 +98,9 @@ def request(**changes: Any) -> Any:
 
 def plan(_: argparse.Namespace) -> dict[str, Any]:
     """What `dpipe plan convert` does: find, scan, compare; nothing is written."""
-    from dpipe.pipeline.convert import plan_conversion, read_catalog
+    from dpipe.pipeline.convert import read_catalog
     from dpipe.pipeline.progress import Progress
+    from dpipe.pipeline.work import plan_conversion
 
     found, _ = plan_conversion(request(), read_catalog(request(), Progress(quiet=True)))
     return {"episodes": found.episodes, "to do": found.todo_episodes, "files": found.files}
@@ -119,19 +120,20 @@ def journal(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import xxhash
     from dpipe.converters import load_converter
-    from dpipe.pipeline import convert as module
     from dpipe.pipeline.payload import file_memo, staged_data
     from dpipe.pipeline.receipts import receipt_path, write_part_receipt
+    from dpipe.pipeline.request import episode_key, episode_key_base
     from dpipe.pipeline.statistics import statistics_table
     from dpipe.pipeline.tables import data_schema, episode_table, write_parquet
+    from dpipe.pipeline.work import load_order
 
     os.fsync = lambda descriptor: None
     number, count = map(int, arguments.share.split("/"))
     asked, converter = request(), load_converter(str(HERE))
     features = converter.embodiment_of(asked.raw, asked.options, "").features
     folder = asked.out / "dpipe" / "journal"
-    base = module.episode_key_base(converter, asked)
-    order = module.load_order(folder)
+    base = episode_key_base(converter, asked)
+    order = load_order(folder)
     first = {name: episode for episode, name in enumerate(order.homes())}
     schema = data_schema(features)
     shards = sorted(asked.raw.glob("*.shard"))
@@ -153,7 +155,7 @@ def journal(arguments: argparse.Namespace) -> dict[str, Any]:
             receipt = {
                 "source_id": name, "split": "train", "variant": "", "frames": FRAMES, "instruction": ref.instruction,
                 "metadata": dict(ref.metadata), "segments": [s.to_json() for s in ref.segments], "warnings": [],
-                "key": module._key(base, name), "memo": memos[ref.files[0]], "raw_digest": digest, "content": digest,
+                "key": episode_key(base, name), "memo": memos[ref.files[0]], "raw_digest": digest, "content": digest,
             }  # fmt: skip
             spools.append(SimpleNamespace(receipt=receipt, arrays=arrays))
             numbers.append((first[name], FRAMES * first[name], at % TASKS))
@@ -168,17 +170,18 @@ def journal(arguments: argparse.Namespace) -> dict[str, Any]:
 def resume(_: argparse.Namespace) -> dict[str, Any]:
     """A killed run started again: catalogue remembered, every receipt compared, until it knows what is left."""
     from dpipe.converters import load_converter
-    from dpipe.pipeline import convert as module
+    from dpipe.pipeline.convert import read_catalog
     from dpipe.pipeline.progress import Progress
     from dpipe.pipeline.receipts import COMPARED, load_receipts
+    from dpipe.pipeline.work import chosen, load_order, plan_work
 
     asked = request()
-    catalog = module.read_catalog(asked, Progress(quiet=True)).of("")
+    catalog = read_catalog(asked, Progress(quiet=True)).of("")
     folder = asked.out / "dpipe" / "journal"
-    order = module.load_order(folder)
-    refs = module._chosen(catalog, order, asked)
+    order = load_order(folder)
+    refs = chosen(catalog, order, asked)
     converter = load_converter(asked.source)
-    work = module._plan(asked, converter, folder, order, refs, load_receipts(asked.out, COMPARED))
+    work = plan_work(asked, converter, folder, order, refs, load_receipts(asked.out, COMPARED))
     return {"episodes": len(refs), "parts to do": len(work.parts), "scanned again": catalog.fresh}
 
 

@@ -26,9 +26,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..pipeline.convert import ConvertRequest, ConvertResult
+    from ..pipeline.convert import ConvertResult
     from ..pipeline.outputs import OutputOptions, OutputRequest
     from ..pipeline.plan import Step
+    from ..pipeline.request import ConvertRequest
     from ..pipeline.workspace import Workspace
 
 
@@ -196,7 +197,7 @@ def _convert_command(source: NamedSource, finish_only: bool = False) -> click.Co
 def default_request(space: Workspace, word: str) -> ConvertRequest:
     """What `dpipe convert WORD` means without a further option."""
     from ..converters import MAPPED, load_converter
-    from ..pipeline.convert import ConvertRequest, options_from_strings
+    from ..pipeline.request import ConvertRequest, options_from_strings
 
     source = _named_source(word, space)
     raw = source.raw or space.raw(source.name)
@@ -231,9 +232,10 @@ def _converting(source: NamedSource, finish_only: bool = False) -> Callable[...,
         **given: Any,
     ) -> None:
         from ..converters import MAPPED, load_converter
-        from ..pipeline.convert import PART_FRAMES, ConvertRequest, convert_all, options_from_strings
+        from ..pipeline.convert import convert_all
         from ..pipeline.outputs import OutputOptions, OutputRequest
         from ..pipeline.payload import VideoOptions
+        from ..pipeline.request import PART_FRAMES, ConvertRequest, options_from_strings
         from ..pipeline.slurm import parse_share, sbatch_script
         from ..streams.shard_format import ShardOptions
 

@@ -12,8 +12,8 @@ from ..schemas.errors import UsageError
 from ..streams.dataset import Dataset, open_dataset
 
 if TYPE_CHECKING:
-    from .convert import ConvertRequest
     from .progress import Progress
+    from .request import ConvertRequest
 
 
 @dataclass(frozen=True)

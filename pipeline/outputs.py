@@ -28,8 +28,8 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from .catalog import Catalog
-    from .convert import ConvertRequest
     from .plan import Step
+    from .request import ConvertRequest
 
 FORMS = {
     "zarr": "zarr_output",
@@ -106,8 +106,8 @@ def plan_output(
 ) -> Step:
     """The step after a conversion: what a form would take, by shapes alone; nothing is written."""
     from ..converters import load_converter
-    from .convert import plan_conversion
     from .plan import BYTES_PER_PIXEL, Step
+    from .work import plan_conversion
     from .zarr_output import CHUNK_BYTES
 
     found, _ = plan_conversion(request, catalog)

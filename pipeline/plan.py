@@ -21,7 +21,7 @@ from ..schemas.features import DEFAULT_FEATURES
 
 if TYPE_CHECKING:
     from .catalog import Catalog, Refs
-    from .convert import ConvertRequest
+    from .request import ConvertRequest
 
 PILOT_SHARE, PILOT_EPISODES, PILOT_S = 0.01, 5, 10.0
 ASK_BYTES, ASK_S = 50e9, 3600.0
@@ -61,7 +61,7 @@ class Step:
 
 def plan_convert(request: ConvertRequest, catalog: Catalog, pilot: bool = True) -> Step:
     """One dataset's conversion, from its scan and what its journal says; nothing is written."""
-    from .convert import plan_conversion
+    from .work import plan_conversion
 
     found, todo = plan_conversion(request, catalog)
     video, tables = conversion_bytes(request, todo)
@@ -114,9 +114,9 @@ def conversion_bytes(request: ConvertRequest, todo: Refs) -> tuple[int, int]:
 def _pilot(request: ConvertRequest, todo: Refs) -> tuple[float, int | None, str]:
     """(core seconds of all of it, bytes of video or None where it is copied, words): some episodes, encoded."""
     from ..converters import load_converter
-    from .convert import episode_job
     from .payload import encode_episode
     from .spool import read_spool
+    from .work import episode_job
 
     converter = load_converter(request.source)
     embodiment = converter.embodiment_of(request.raw, request.options, request.variant)

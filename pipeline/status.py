@@ -128,8 +128,8 @@ def _raw_changes(root: Path) -> str:
 def _not_taken_in(root: Path) -> int:
     """Episodes of the last scan, of this dataset's variant, that no run has listed yet."""
     from .catalog import EPISODE, shared_texts
-    from .convert import load_order
     from .tables import numbers_of, read_columns
+    from .work import load_order
 
     journal = root / "dpipe" / "journal"
     if not (journal / "scan.parquet").is_file():

@@ -11,11 +11,12 @@ from dpipe.converters import Converter, load_converter
 from dpipe.pipeline import catalog as module
 from dpipe.pipeline import finish
 from dpipe.pipeline.catalog import build_catalog, select
-from dpipe.pipeline.convert import ConvertRequest, convert, read_catalog
+from dpipe.pipeline.convert import convert, read_catalog
 from dpipe.pipeline.execute import Executor, StopRequest
 from dpipe.pipeline.precompute import precompute
 from dpipe.pipeline.progress import Progress
 from dpipe.pipeline.receipts import Receipts, load_receipts
+from dpipe.pipeline.request import ConvertRequest
 from dpipe.pipeline.statistics import column_statistics, weighted_statistics
 from dpipe.schemas.episode import EpisodeRef
 from dpipe.schemas.errors import Interrupted

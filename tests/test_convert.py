@@ -41,6 +41,19 @@ def test_a_rerun_changes_nothing(tmp_path: Path):
     assert again.unchanged and again.encoded == 0 and tree_digest(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["layout", "converter_version"])
+def test_a_dataset_of_another_version_is_left_as_it_is(tmp_path: Path, name: str):
+    write_suite(tmp_path / "raw", demos=2)
+    run_convert(tmp_path / "raw", tmp_path / "out")
+    path = tmp_path / "out" / "dpipe" / "journal" / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 0}))
+    before = tree_digest(tmp_path / "out")
+    with pytest.raises(UsageError, match="by another version of dpipe") as refused:
+        run_convert(tmp_path / "raw", tmp_path / "out")
+    assert ": 0 then, " in str(refused.value) and "another --name" in str(refused.value)
+    assert tree_digest(tmp_path / "out") == before
+
+
 def test_bytes_do_not_depend_on_workers_or_parts_order(tmp_path: Path):
     write_suite(tmp_path / "raw", demos=5)
     run_convert(tmp_path / "raw", tmp_path / "a", workers=0, part_frames=25)

@@ -265,8 +265,9 @@ def test_what_cannot_come_along_is_said(tmp_path: Path):
 
 
 def test_datasets_below_one_folder_become_a_dataset_each(tmp_path: Path):
-    from dpipe.pipeline.convert import ConvertRequest, convert_all
+    from dpipe.pipeline.convert import convert_all
     from dpipe.pipeline.progress import Progress
+    from dpipe.pipeline.request import ConvertRequest
 
     write_dataset(tmp_path / "raw/pusht", [4, 4], kind="none")
     write_v21(tmp_path / "raw/aloha", [3], kind="image")

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 from dpipe.pipeline import convert as convert_module
 from dpipe.pipeline import finish as finish_module
-from dpipe.pipeline.convert import ConvertRequest, convert
+from dpipe.pipeline.convert import convert
 from dpipe.pipeline.execute import StopRequest, stop_requests
 from dpipe.pipeline.progress import Progress
+from dpipe.pipeline.request import ConvertRequest
 from dpipe.pipeline.tables import FILES_A_TASK, READERS, read_columns, read_in_turn, write_parquet
 from dpipe.schemas.errors import Interrupted
 from dpipe.streams.dataset import open_dataset

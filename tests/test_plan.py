@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from dpipe.converters.libero import Options
 from dpipe.pipeline import payload, plan
-from dpipe.pipeline.convert import ConvertRequest, read_catalog
+from dpipe.pipeline.convert import read_catalog
 from dpipe.pipeline.plan import (
     FOOTER_BYTES,
     Step,
@@ -21,6 +21,7 @@ from dpipe.pipeline.plan import (
 )
 from dpipe.pipeline.precompute import precompute
 from dpipe.pipeline.progress import Progress
+from dpipe.pipeline.request import ConvertRequest
 from dpipe.schemas.errors import DataError, UsageError
 from raw_libero import demo_arrays, write_raw, write_suite
 from tiny_dataset import write_tiny

@@ -11,11 +11,12 @@ import pytest
 from click.testing import CliRunner
 from dpipe.cli import cli
 from dpipe.pipeline import rearrange_parts
-from dpipe.pipeline.convert import ConvertRequest, convert_all
+from dpipe.pipeline.convert import convert_all
 from dpipe.pipeline.doctor import Level, examine, report_text
 from dpipe.pipeline.precompute import precompute
 from dpipe.pipeline.progress import Progress
 from dpipe.pipeline.rearrange import merge, select, split_by_name, split_by_shares
+from dpipe.pipeline.request import ConvertRequest
 from dpipe.samples import write_sample
 from dpipe.schemas.errors import DataError, UsageError
 from dpipe.streams.dataset import Dataset, open_dataset

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpipe.converters import load_converter
-from dpipe.pipeline.convert import ConvertRequest
+from dpipe.pipeline.request import ConvertRequest
 
 HEAD = """
 from dataclasses import dataclass

@@ -4,9 +4,10 @@ import hashlib
 from pathlib import Path
 
 from dpipe.converters import load_converter
-from dpipe.pipeline.convert import ConvertRequest, ConvertResult, convert
+from dpipe.pipeline.convert import ConvertResult, convert
 from dpipe.pipeline.payload import VideoOptions
 from dpipe.pipeline.progress import Progress
+from dpipe.pipeline.request import ConvertRequest
 
 
 def tree_digest(root: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
