@@ -185,7 +185,7 @@ class ObservationEncoder(nn.Module):
         make = {"conv": partial(ConvEncoder, width, size, points), "vit": partial(ViTEncoder, width, size)}
         self.tower = None
         if ":" in vision:
-            from .vlm import TowerEye
+            from .backbones import TowerEye
 
             self.tower = TowerEye(vision, width, freeze)
             self.names = nn.Parameter(torch.randn(len(self.cameras), 1, width) * 0.02)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from ..schemas.errors import DataError, UsageError, unknown_name
 from ..schemas.normalisers import Normaliser, make_normaliser
-from .policies import ActionDecoder, save_decoder
+from .action_decoder import ActionDecoder, save_decoder
 
 if TYPE_CHECKING:
     import torch

@@ -35,6 +35,7 @@ FORMS = {
     "zarr": "zarr_output",
     "lerobot21": "lerobot21",
 }
+CHUNK_BYTES = 2_000_000  # zarr: of a chunk before compression
 SYNCS_AT_A_TIME = 8
 WORTH_A_CLUSTER = 32  # tasks: starting worker processes takes a second or two
 
@@ -108,7 +109,6 @@ def plan_output(
     from ..converters import load_converter
     from .plan import BYTES_PER_PIXEL, Step
     from .work import plan_conversion
-    from .zarr_output import CHUNK_BYTES
 
     found, _ = plan_conversion(request, catalog)
     body = load_converter(request.source).embodiment_of(request.raw, request.options, request.variant)

@@ -22,9 +22,8 @@ import numpy as np
 
 from ..schemas.features import CAMERA_PREFIX
 from ..streams.dataset import Dataset, open_dataset
-from .outputs import Form, OutputOptions, Task
+from .outputs import CHUNK_BYTES, Form, OutputOptions, Task
 
-CHUNK_BYTES = 2_000_000
 PIECE_FRAMES = 1024  # about what one task writes of a camera
 BLOCK_FRAMES = 64
 LEVEL = 3  # zstd; on the LIBERO sample six times smaller at 500 MB/s, Blosc with bit shuffle is no better

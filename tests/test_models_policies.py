@@ -10,10 +10,10 @@ from dpipe.schemas.normalisers import fit
 
 torch = pytest.importorskip("torch")
 
+from dpipe.models.action_decoder import load_decoder
 from dpipe.models.policies import (
     EmbeddedPolicy,
     PolicyConfig,
-    load_decoder,
     open_anchor,
     open_teacher,
     save_policy,

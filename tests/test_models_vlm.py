@@ -11,9 +11,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from dpipe.models.backbones import blueprint, hold_backbones, left_out
 from dpipe.models.blocks import TEXT_LENGTH, ObservationEncoder
 from dpipe.models.hf import qwen_patches
-from dpipe.models.vlm import TEXT_TOKENS, Vlm, VlmEncoder, blueprint, hold_backbones, left_out, words_of
+from dpipe.models.vlm import TEXT_TOKENS, Vlm, VlmEncoder, words_of
 from tiny_backbones import BEGIN, END, IMAGE, save_internvl, save_qwen, save_siglip
 
 SAVE = {"qwen": save_qwen, "internvl": save_internvl}

@@ -15,10 +15,10 @@ from dpipe.streams.targets import open_targets
 from tiny_dataset import ACTION, CAMERA, episode_columns, picture, write_tiny
 
 torch = pytest.importorskip("torch")
+from dpipe.models.action_decoder import load_decoder  # noqa: E402
 from dpipe.models.policies import (  # noqa: E402
     EmbeddedPolicy,
     PolicyConfig,
-    load_decoder,
     open_teacher,
     save_policy,
 )

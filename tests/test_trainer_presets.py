@@ -12,8 +12,9 @@ transformers = pytest.importorskip("transformers")
 
 from dpipe import cli
 from dpipe.models.architectures import ARCHITECTURES
+from dpipe.models.backbones import blueprint
 from dpipe.models.hf import HfTower
-from dpipe.models.vlm import Vlm, blueprint
+from dpipe.models.vlm import Vlm
 from dpipe.trainer import RECIPES, open_recipe
 from dpipe.trainer.presets import PAPER, preset_of
 from dpipe.trainer.recipe import resolve

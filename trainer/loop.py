@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.vlm import Held, hold_backbones, left_out
+from ..models.backbones import Held, hold_backbones, left_out
 from ..schemas.errors import DataError, Interrupted, UsageError, unknown_name
 from .draws import Draws, seed_of
 from .losses import mean_over_processes

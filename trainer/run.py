@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.vlm import checkpoint_digests, words_of
+from ..models.backbones import checkpoint_digests
+from ..models.vlm import words_of
 from ..schemas.contract import digest_of, plain
 from ..schemas.errors import DataError, UsageError
 from ..schemas.normalisers import DEFAULT_MODE, Normaliser, make_normaliser

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.backbones import Held, TowerEye, blueprint, hold_backbones, left_out
 from ..models.blocks import TEXT_LENGTH
-from ..models.vlm import TEXT_TOKENS, Held, TowerEye, Vlm, blueprint, hold_backbones, left_out
+from ..models.vlm import TEXT_TOKENS, Vlm
 from . import open_recipe
 from .draws import Draws
 from .loop import Options

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.action_decoder import ActionDecoder, load_decoder
 from ..models.blocks import TEXT_LENGTH, Block, ObservationEncoder, StateScale, mlp, sinusoids
-from ..models.policies import ActionDecoder, load_decoder
 from ..models.vlm import Vlm, words_of
 from ..schemas.errors import unknown_name
 from ..streams.stream import StreamSpec
