@@ -200,7 +200,7 @@ class HfTower:
 
     @classmethod
     def blueprint(cls, config: dict[str, Any], image_size: int | None = None) -> "HfTower":
-        """The architecture alone, on whatever device is the default: `models/vlm.py` counts with it."""
+        """The architecture alone, on whatever device is the default: `models/backbones.py` counts with it."""
         import torch
 
         family = MODEL_TYPES[config["model_type"]]

@@ -3,7 +3,7 @@
     sizes = size_up("libra", preset="paper")
     print(sizes.table)
 
-The policy is built as a blueprint (`models/vlm.py`): shapes without storage, so that billions of parameters are
+The policy is built as a blueprint (`models/backbones.py`): shapes without storage, so that billions of parameters are
 counted in seconds on a laptop. One sample goes through it the same way, and every transformer layer says how many
 tokens it was given.
 
