@@ -99,7 +99,17 @@ def test_the_table_agrees_with_what_ffmpeg_demuxes(clips, kind):
 
 def test_the_table_is_found_at_either_end_of_the_file(tmp_path):
     behind = read_table(record(tmp_path / "behind.mp4", 5))
-    before = read_table(record(tmp_path / "before.mp4", 5, movflags="faststart"))
+    # The same packets: encoded again with x264's defaults the same frames may give other bytes.
+    with (
+        av.open(str(tmp_path / "behind.mp4")) as source,
+        av.open(str(tmp_path / "before.mp4"), "w", options={"movflags": "faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    before = read_table(tmp_path / "before.mp4")
     assert behind.sizes.tolist() == before.sizes.tolist()
     assert behind.offsets[0] < before.offsets[0]
 
