@@ -39,11 +39,11 @@ def statistics_table(columns: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
     length = len(columns[0])
     stored = np.concatenate([column.reshape(length, -1).T for column in columns])
     ordered, values = np.sort(stored, axis=1).astype(np.float64), stored.astype(np.float64)
-    mean = values.mean(axis=1)
+    mean = values.sum(axis=1) / length
     result = np.empty((len(MEASURED), len(values)))
     result[:3] = values.min(axis=1), values.max(axis=1), mean
     values -= mean[:, None]
-    np.sqrt(np.square(values, out=values).mean(axis=1), out=result[3])
+    result[3] = np.sqrt(np.square(values, out=values).sum(axis=1) / length)
     for row, q in enumerate(QUANTILES.values(), 4):
         position = q * (length - 1)
         below, above = ordered[:, math.floor(position)], ordered[:, math.ceil(position)]
@@ -188,7 +188,7 @@ def sampled_frames(frames: int) -> NDArray[np.int64]:
     wanted = min(frames, max(100, min(10_000, int(frames**0.75))))
     if wanted == frames:
         return np.arange(frames)
-    return np.round(np.linspace(0, frames - 1, wanted)).astype(np.int64)
+    return np.round(np.arange(wanted) * ((frames - 1) / (wanted - 1))).astype(np.int64)
 
 
 def dataset_statistics(chunks: Blocks) -> dict[str, list[float] | list[int]]:

@@ -185,10 +185,14 @@ def write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, syn
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path) if sync else path
-    coded: Any = [leaf for field in schema for leaf in _repeating(field)]  # the stubs know bool alone
+    # The stubs of both know bool alone.
+    coded: Any = [leaf for field in schema for leaf in _repeating(field)] or False
+    filtered: Any = [field.name for field in schema if not pa.types.is_nested(field.type)] or False
     with (
         pa.output_stream(str(temporary), buffer_size=WRITE_BLOCK) as sink,  # or every page is a system call
-        pq.ParquetWriter(sink, schema, compression="snappy", use_dictionary=coded or False) as writer,
+        pq.ParquetWriter(
+            sink, schema, compression="snappy", use_dictionary=coded, write_statistics=filtered
+        ) as writer,
     ):
         for table in tables:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
