@@ -132,6 +132,10 @@ def write_part_statistics(
     there = np.array(["dropped" not in spool.receipt for spool in spools], bool)
     kept = [spool for spool in spools if "dropped" not in spool.receipt]
     columns: dict[str, Any] = {"part": np.full(len(spools), part), "row": np.arange(len(spools))}
+    for key in cameras:
+        counted = np.zeros(len(spools), np.int64)
+        counted[there] = [spool.receipt["cameras"][key]["counted"] for spool in kept]
+        columns[f"counted/{key}"] = counted
     if kept:
         tables = np.stack([spool.arrays["statistics"] for spool in kept])
         frames = np.array([[spool.receipt["frames"]] for spool in kept], np.int64)
@@ -143,9 +147,6 @@ def write_part_statistics(
         for key in cameras:
             counts = np.stack([spool.arrays[f"histogram/{key}"] for spool in kept])
             columns[f"histogram/{key}"] = _lists(counts.reshape(len(kept), -1), there)
-            counted = np.zeros(len(spools), np.int64)
-            counted[there] = [spool.receipt["cameras"][key]["counted"] for spool in kept]
-            columns[f"counted/{key}"] = counted
     arrays = [
         pa.array(columns[field.name], field.type)
         if field.name in columns

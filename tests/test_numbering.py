@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from dpipe.pipeline import convert as convert_module
 from dpipe.pipeline import finish as finish_module
@@ -194,3 +195,43 @@ def test_numbering_that_takes_long_stops_soon_and_exits_75(tmp_path: Path, way: 
     rows = open_dataset(made).all_columns(["index", "observation.state"])
     assert np.array_equal(rows["index"], np.arange(320))
     assert np.array_equal(rows["observation.state"][::4, 0], np.arange(80))
+
+
+def test_a_part_that_is_dropped_whole_leaves_the_others_pictures_counted(tmp_path: Path):
+    filmed = """
+from dpipe.schemas.features import CameraFeature
+
+class Grey:
+    height = width = 32
+
+    def __init__(self, level):
+        self.level = level
+
+    def __len__(self):
+        return 4
+
+    def read(self, start, stop):
+        return np.full((stop - start, 32, 32, 3), self.level, np.uint8)
+
+def scan(recording, options):
+    at, cameras = recording.files, (CameraFeature("image", 32, 32),)
+    return [
+        EpisodeRef(f"{recording.name}/{n}", "train", 4, "look", at, cameras, locator={"x": int(x)})
+        for n, x in enumerate(at[0].read_text().split())
+    ]
+
+def read(ref, options):
+    if ref.locator["x"] < 0:
+        raise DataError("x below zero")
+    still = np.zeros((4, 2), np.float32)
+    return Episode(ref, {"observation.state": still, "action": still}, {"image": Grey(ref.locator["x"])})
+"""
+    asked = text_source(tmp_path, "filmed", filmed, part_frames=8)
+    (asked.raw / "a.txt").write_text("-1 -1 51 51 102")
+    assert (convert(asked, QUIET).episodes, convert(asked, QUIET).unchanged) == (3, True)
+    rows = pa.concat_tables(
+        pa.parquet.read_table(path) for path in sorted((asked.out / "meta/episodes").rglob("*.parquet"))
+    )
+    assert rows.column("stats/observation.images.image/count").to_pylist() == [[4], [4], [4]]
+    mean = open_dataset(asked.out).stats["observation.images.image"]["mean"]
+    assert np.ravel(mean) == pytest.approx((51 + 51 + 102) / 3 / 255, abs=0.01)
