@@ -78,6 +78,15 @@ def move_file(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def hard_link(source: Path, target: Path) -> bool:
+    """Give a file (what a symbolic link leads to) a second name; False on another disk, or on one without links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return False
+    return True
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete what killed writers left below a folder: only names that `temporary_name` makes."""
     for path in folder.rglob(f".*{TEMPORARY}"):

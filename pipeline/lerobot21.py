@@ -12,7 +12,6 @@ NVIDIA/Isaac-GR00T 16d0dae `getting_started/examples/so100__modality.json`
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 from ..schemas.errors import DataError
 from ..schemas.features import CAMERA_PREFIX
 from ..streams.dataset import Dataset, open_dataset
+from .durable import hard_link
 from .outputs import Form, OutputOptions, Task
 from .statistics import FrameHistogram, column_statistics, sampled_frames
 from .tables import CHUNK_FILES
@@ -186,7 +186,8 @@ def _write_video(dataset: Dataset, episode: int, camera: str, target: Path) -> N
     first = int(dataset.episodes.cameras[camera].first_frame[episode])
     length = int(dataset.episodes.length[episode])
     if first == 0 and length == len(table.shown):
-        share(source, target)
+        if not hard_link(source, target):
+            shutil.copyfile(source, target)
         return
     problem = copy_problem(table, dataset.fps, first, length)
     if problem:
@@ -202,14 +203,6 @@ def _write_video(dataset: Dataset, episode: int, camera: str, target: Path) -> N
         dataset.fps,
         [copy_run(table, first, length)],
     )
-
-
-def share(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the two places lie on different disks or links are not allowed."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def write_statistics(root: Path, tree: Path) -> None:

@@ -9,7 +9,6 @@ Files know nothing of one another and may be written at once; each is on disk wh
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from collections import OrderedDict
@@ -24,7 +23,7 @@ import numpy as np
 
 from ..schemas.errors import DataError
 from ..streams.dataset import Dataset, column_values
-from .durable import sync_path
+from .durable import hard_link, sync_path
 from .statistics import column_statistics
 from .tables import data_file, numbers_of, video_file, write_parquet
 
@@ -218,9 +217,7 @@ def _take_video(path: Path, plan: Plan, camera: str, rows: Sequence[int]) -> boo
     table = plan.videos_read.open(source)
     if len(table.shown) != int(plan.length[rows].sum()) or _problem(table, dataset, 0, len(table.shown)):
         return False
-    try:
-        os.link(source.resolve(), path)
-    except OSError:  # another disk, or one without hard links
+    if not hard_link(source, path):
         _copy(source, path)
     return True
 

@@ -10,7 +10,6 @@ the dataset itself stays as it is.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...schemas.errors import DataError, UsageError
 from ...schemas.features import DEFAULT_FEATURES
-from ..durable import write_json
+from ..durable import hard_link, temporary_name, write_json
 from ..statistics import (
     FrameHistogram,
     arange_statistics,
@@ -57,7 +56,7 @@ def mend(source: Path, target: Path) -> Mended:
         )
     subject = Subject(source, Level.SAMPLED)
     _refuse_guessing(subject)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(target)
     try:
         _copy(source, temporary)
         before = {path: _bytes(path) for path in _tables(temporary)}
@@ -120,13 +119,8 @@ def _copy(source: Path, target: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".mp4":
-            try:
-                os.link(path.resolve(), place)
-                continue
-            except OSError:
-                pass
-        shutil.copy2(path, place)
+        if path.suffix != ".mp4" or not hard_link(path, place):
+            shutil.copy2(path, place)
 
 
 def _tables(root: Path) -> list[Path]:
